@@ -1,0 +1,11 @@
+#pragma once
+#include "attention.h"
+#include "vec.h"
+
+namespace llmrt {
+namespace {
+
+constexpr AttentionKernels attention_kernels = {};
+
+}  // namespace
+}  // namespace llmrt

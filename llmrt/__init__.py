@@ -1,0 +1,12 @@
+"""llmrt: fast inference of Hugging Face language models in plain PyTorch, on x86 CPUs and Intel GPUs.
+
+``from llmrt import llm`` for ``llm.optimize``; ``torch.compile(model, backend="llmrt")`` needs no import at all.
+Importing llmrt registers its operators as ``torch.ops.llmrt.*`` and changes nothing else in torch or transformers.
+"""
+
+import torch as _torch  # noqa: F401  (its libraries must be loaded before the extension)
+
+from . import _C  # noqa: F401  (registers the CPU kernels)
+from . import ops as ops
+
+__version__ = "0.1.0"

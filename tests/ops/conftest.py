@@ -1,0 +1,19 @@
+"""Every test of this folder runs once per ISA tier that the machine has."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from llmrt import _C
+
+START = _C.cpu_isa()
+
+
+@pytest.fixture(params=[t for t in _C.cpu_isas().split(", ") if t != "reference"] if START != "reference" else ["reference"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test under one tier and return to the first one afterwards."""
+    if request.param != "reference":
+        _C.force_cpu_isa(request.param)
+    yield request.param
+    if request.param != "reference":
+        _C.force_cpu_isa(START)
