@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .check import check_floating, check_shape
 from .operator import Sample, operator
 
 
@@ -33,6 +34,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     Raises:
         RuntimeError: weight is not [K], or a dtype is not floating.
     """
+    check_floating(x, "x")
+    check_floating(weight, "weight")
+    check_shape(weight, (x.shape[-1],), "weight")
     v = wide(x)
     y = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * (wide(weight) + offset)
     return y.to(x.dtype)
