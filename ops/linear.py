@@ -124,6 +124,7 @@ def unpack_weight(packed: Tensor, layout: str, out_features: int, in_features: i
         RuntimeError: packed has another shape than these sizes ask for.
     """
     form, sizes = Layout.parse(layout), _check_packed(packed, layout, out_features, in_features, "packed")
+    packed = packed.clone()  # no result may be a view of an argument
     x = (
         packed[..., : sizes.code_bytes]
         .reshape(-1, sizes.tiles, sizes.code_bytes // 128, 2, 16, 4)
