@@ -124,7 +124,6 @@ def unpack_weight(packed: Tensor, layout: str, out_features: int, in_features: i
         RuntimeError: packed has another shape than these sizes ask for.
     """
     form, sizes = Layout.parse(layout), _check_packed(packed, layout, out_features, in_features, "packed")
-    packed = packed.clone()  # no result may be a view of an argument
     x = (
         packed[..., : sizes.code_bytes]
         .reshape(-1, sizes.tiles, sizes.code_bytes // 128, 2, 16, 4)
@@ -138,10 +137,11 @@ def unpack_weight(packed: Tensor, layout: str, out_features: int, in_features: i
     zeros = packed.new_empty((out_features, 0))
     if form.asymmetric:
         start = sizes.code_bytes + sizes.scale_bytes
-        zeros = _unpad_segments(
-            packed[..., start : start + sizes.segments * TILE_N].contiguous(), sizes, out_features
-        ).contiguous()
-    return codes, _unpad_segments(scales, sizes, out_features).contiguous(), zeros
+        zeros = packed[..., start : start + sizes.segments * TILE_N].contiguous()
+        zeros = _unpad_segments(zeros, sizes, out_features)
+    scales = _unpad_segments(scales, sizes, out_features)
+    own = torch.contiguous_format  # copies, as no result may be a view of an argument
+    return codes.clone(memory_format=own), scales.clone(memory_format=own), zeros.clone(memory_format=own)
 
 
 @unpack_weight.fake
