@@ -17,7 +17,7 @@
 // Registers CPU kernels: LLMRT_CPU_KERNELS(norm) { library.impl("rms_norm", TORCH_BOX(&rms_norm)); }
 #define LLMRT_CPU_KERNELS(stem)                                                \
   static void register_##stem(torch::stable::detail::StableLibrary &library);  \
-  STABLE_TORCH_LIBRARY_IMPL(llmrt, CPU, library_##stem) {                       \
+  STABLE_TORCH_LIBRARY_IMPL(llmrt, CPU, library_##stem) {                      \
     if (llmrt::current_tier()) register_##stem(library_##stem);                \
   }                                                                            \
   static void register_##stem([[maybe_unused]] torch::stable::detail::StableLibrary &library)
