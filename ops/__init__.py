@@ -1,6 +1,8 @@
 """The meaning of every operator: schema, fake kernel, reference and sample inputs, in plain torch."""
 
+from .attention import attention
 from .formats import FORMATS, Layout, dequantize, interleave_gate_up, quantize
+from .kv_append import kv_append
 from .linear import pack_weight, quant_linear, unpack_weight
 from .norm import rms_norm
 from .operator import OPERATORS, Operator
@@ -10,8 +12,10 @@ __all__ = [
     "OPERATORS",
     "Layout",
     "Operator",
+    "attention",
     "dequantize",
     "interleave_gate_up",
+    "kv_append",
     "pack_weight",
     "quant_linear",
     "quantize",
