@@ -51,11 +51,12 @@ class Sample:
 class Operator(Generic[P, R]):
     """A registered operator: call it, or its `reference` (plain torch, any device and dtype, float64 included)."""
 
-    def __init__(self, reference: Callable[P, R], mutates: tuple[str, ...]) -> None:
+    def __init__(self, reference: Callable[P, R], mutates: tuple[str, ...], exact: bool) -> None:
         """Define ``llmrt::<name of the function>`` from its signature."""
         self.name = reference.__name__
         self.reference = reference
         self.mutates = mutates
+        self.exact = exact
         self.__doc__ = reference.__doc__
         self._samples: Callable[[torch.dtype], Iterator[Sample]] | None = None
         schema = torch.library.infer_schema(reference, mutates_args=mutates)
@@ -88,10 +89,11 @@ class Operator(Generic[P, R]):
             return list(self._samples(dtype))
 
 
-def operator(*, mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
+def operator(*, mutates: tuple[str, ...] = (), exact: bool = False) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Return a decorator that registers a typed function as an operator.
 
     Args:
         mutates: names of the arguments that the operator writes to.
+        exact: the operator moves bits and does no arithmetic: every implementation gives the reference's very bits.
     """
-    return lambda reference: Operator(reference, mutates)
+    return lambda reference: Operator(reference, mutates, exact)

@@ -9,7 +9,9 @@ from llmrt import _C
 START = _C.cpu_isa()
 
 
-@pytest.fixture(params=[t for t in _C.cpu_isas().split(", ") if t != "reference"] if START != "reference" else ["reference"])
+@pytest.fixture(
+    params=[t for t in _C.cpu_isas().split(", ") if t != "reference"] if START != "reference" else ["reference"]
+)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test under one tier and return to the first one afterwards."""
     if request.param != "reference":
