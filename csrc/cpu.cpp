@@ -60,13 +60,17 @@ bool find(const char* name, const Tier*& found) {
   return found;
 }
 
-std::string start_error;
+// A function, as operators are registered before this file's own globals exist.
+std::string& start_error() {
+  static std::string text;
+  return text;
+}
 
 const Tier* choose() {
   const char* name = getenv("LLMRT_CPU_ISA");
   const Tier* found = nullptr;
   if (name && *name) {
-    if (!find(name, found)) start_error = "LLMRT_CPU_ISA=" + std::string(name) + "; valid here: " + supported_names();
+    if (!find(name, found)) start_error() = "LLMRT_CPU_ISA=" + std::string(name) + "; valid here: " + supported_names();
     return found;
   }
   for (const Tier* t : kTiers)
@@ -112,6 +116,6 @@ const Tier* current_tier() { return current(); }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   llmrt::current_tier();
-  if (!llmrt::start_error.empty()) return PyErr_Format(PyExc_ImportError, "%s", llmrt::start_error.c_str());
+  if (!llmrt::start_error().empty()) return PyErr_Format(PyExc_ImportError, "%s", llmrt::start_error().c_str());
   return PyModule_Create(&llmrt::module);
 }
