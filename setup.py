@@ -27,6 +27,8 @@ TIER_FLAGS = [
     "-fno-math-errno",
     "-ffp-contract=fast",
     "-Wall",
+    "-Wno-unknown-warning-option",
+    "-Wno-maybe-uninitialized",  # gcc 12: false alarms in its own intrinsics headers
 ]
 
 
@@ -87,6 +89,7 @@ setup(
                 "-fvisibility=hidden",
                 "-Wall",
                 "-Wno-unknown-pragmas",
+                "-Wno-maybe-uninitialized",
                 "-DTORCH_TARGET_VERSION=0x020d000000000000",
             ],
             extra_link_args=["-fopenmp"],

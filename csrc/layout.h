@@ -13,9 +13,9 @@ struct Layout {
   DType scale = DType::f32;
 };
 
-inline Layout parse_layout(const std::string &text) {
+inline Layout parse_layout(const std::string& text) {
   struct Row {
-    const char *name;
+    const char* name;
     int bits, zero;
   };
   static constexpr Row kFormats[] = {{"int4", 4, 8}, {"int8", 8, 128}};
@@ -28,7 +28,7 @@ inline Layout parse_layout(const std::string &text) {
     else
       part[parts] += c;
   }
-  for (const Row &row : kFormats)
+  for (const Row& row : kFormats)
     if (part[0] == row.name) l.bits = row.bits, l.zero = row.zero;
   bool good = l.bits && (part[1] == "sym" || part[1] == "asym");
   l.asymmetric = part[1] == "asym";
@@ -53,7 +53,7 @@ struct Geometry {
   int64_t segments() const { return kTileK / segment; }
 };
 
-inline Geometry geometry(const Layout &l, int64_t K) {
+inline Geometry geometry(const Layout& l, int64_t K) {
   STD_TORCH_CHECK(K >= 1, "in_features is ", K, "; valid: at least 1");
   Geometry g;
   g.group = l.group_size == -1 || l.group_size > K ? K : l.group_size;

@@ -9,13 +9,15 @@
 namespace llmrt {
 namespace {
 
-constexpr int64_t kChunkBytes = 384 << 10;  // of prepared activations that a thread sweeps per weight panel: part of a 1 MB L2
-constexpr int64_t kChunkRows = 144;         // their float accumulators, 128 bytes a row, stay in a 32 KB L1
-constexpr int64_t kAloneBytes = 32 << 10;   // activations so small that each thread prepares them for itself, without a barrier
+constexpr int64_t kChunkBytes =
+    384 << 10;                       // of prepared activations that a thread sweeps per weight panel: part of a 1 MB L2
+constexpr int64_t kChunkRows = 144;  // their float accumulators, 128 bytes a row, stay in a 32 KB L1
+constexpr int64_t kAloneBytes =
+    32 << 10;  // activations so small that each thread prepares them for itself, without a barrier
 
-Epilogue parse_epilogue(const std::string &text) {
-  static constexpr const char *kNames[] = {"none", "relu",     "silu",     "gelu",          "gelu_tanh", "add",
-                                           "mul",  "silu_mul", "gelu_mul", "gelu_tanh_mul"};
+Epilogue parse_epilogue(const std::string& text) {
+  static constexpr const char* kNames[] = {"none", "relu", "silu",     "gelu",     "gelu_tanh",
+                                           "add",  "mul",  "silu_mul", "gelu_mul", "gelu_tanh_mul"};
   for (int i = 0; i < 10; i++)
     if (text == kNames[i]) return (Epilogue)i;
   STD_TORCH_CHECK(false, "epilogue is '", text,
@@ -23,7 +25,7 @@ Epilogue parse_epilogue(const std::string &text) {
   return Epilogue::none;
 }
 
-Compute parse_compute(const std::string &text) {
+Compute parse_compute(const std::string& text) {
   if (text == "int8") return Compute::int8;
   if (text == "bf16") return Compute::bf16;
   STD_TORCH_CHECK(text == "fp32" || text == "fp16", "compute is '", text, "'; valid: int8, bf16, fp16, fp32");
@@ -36,10 +38,10 @@ struct Sizes {
 };
 
 // Lays the three arrays of prepared activations into one buffer.
-Activations place(void *buffer, const Sizes &sizes, int64_t M) {
-  uint8_t *p = (uint8_t *)buffer;
+Activations place(void* buffer, const Sizes& sizes, int64_t M) {
+  uint8_t* p = (uint8_t*)buffer;
   const int64_t codes = (M * sizes.row_bytes + 63) / 64 * 64, scales = (M * sizes.segments * 4 + 63) / 64 * 64;
-  return {p, (float *)(p + codes), (int32_t *)(p + codes + scales), M};
+  return {p, (float*)(p + codes), (int32_t*)(p + codes + scales), M};
 }
 
 // Chunk-major order over (chunks of rows) x (blocks of outputs), one contiguous range per thread.
@@ -47,7 +49,7 @@ struct Grid {
   int64_t M, chunk, blocks;
   int64_t tasks() const { return (M + chunk - 1) / chunk * blocks; }
 
-  void run(const MultiplyArgs &a, int64_t task0, int64_t task1, void *scratch) const {
+  void run(const MultiplyArgs& a, int64_t task0, int64_t task1, void* scratch) const {
     while (task0 < task1) {
       const int64_t row0 = task0 / blocks * chunk, block0 = task0 % blocks;
       const int64_t block1 = std::min(blocks, block0 + task1 - task0);
@@ -57,8 +59,8 @@ struct Grid {
   }
 };
 
-void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes &sizes) {
-  const LinearKernels &kernels = tier().linear;
+void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
+  const LinearKernels& kernels = tier().linear;
   const int64_t rows = kernels.block_rows;
   const int64_t fitting = std::clamp(kChunkBytes / sizes.row_bytes, 4 * rows, kChunkRows) / rows * rows;
   const Grid grid{M, M <= rows ? rows : fitting, a.weight.blocks};
@@ -80,8 +82,9 @@ void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes &sizes) {
   });
 }
 
-Tensor quant_linear(const Tensor &x, const Tensor &weight, const OptionalTensor &bias, const OptionalTensor &other,
-                    const std::string &layout, int64_t out_features, const std::string &compute, const std::string &epilogue) {
+Tensor quant_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& other,
+                    const std::string& layout, int64_t out_features, const std::string& compute,
+                    const std::string& epilogue) {
   const Layout l = parse_layout(layout);
   MultiplyArgs a{};
   a.epilogue = parse_epilogue(epilogue), a.compute = parse_compute(compute), a.dtype = float_dtype(x, "x");
@@ -94,8 +97,17 @@ Tensor quant_linear(const Tensor &x, const Tensor &weight, const OptionalTensor 
   check_dtype(weight, ScalarType::Byte, "weight");
   check_shape(weight, {(a.N + kTileN - 1) / kTileN, g.tiles, g.tile_bytes}, "weight");
   const Tensor w = dense(weight);
-  a.weight = {(const uint8_t *)w.const_data_ptr(), w.size(0), g.tiles, g.tile_bytes, g.code_bytes, g.scale_bytes,
-              g.segment, l.bits, l.zero, l.asymmetric, l.scale};
+  a.weight = {(const uint8_t*)w.const_data_ptr(),
+              w.size(0),
+              g.tiles,
+              g.tile_bytes,
+              g.code_bytes,
+              g.scale_bytes,
+              g.segment,
+              l.bits,
+              l.zero,
+              l.asymmetric,
+              l.scale};
   OptionalTensor b, o;
   if (bias) {
     a.bias_dtype = float_dtype(*bias, "bias");
@@ -109,14 +121,16 @@ Tensor quant_linear(const Tensor &x, const Tensor &weight, const OptionalTensor 
     check_dtype(*other, x.scalar_type(), "other");
     bool same = other->dim() == x.dim();
     for (int64_t i = 0; same && i < x.dim(); i++) same = other->size(i) == sizes[i];
-    STD_TORCH_CHECK(same, "other has shape ", shape_text(*other), "; expected that of the output, width ", out_features);
+    STD_TORCH_CHECK(same, "other has shape ", shape_text(*other), "; expected that of the output, width ",
+                    out_features);
     o = dense(*other), a.other = o->const_data_ptr();
   }
   Tensor out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
   if (!rows.M || !out_features) return out;
   a.out = out.mutable_data_ptr();
   PrepareArgs p{rows.data, a.dtype, rows.stride, rows.K, g.group, g.padded_group, a.compute, false, {}};
-  if (a.compute == Compute::bf16 && !tier().linear.bf16_products) p.compute = a.compute = Compute::f32, p.round_to_bf16 = true;
+  if (a.compute == Compute::bf16 && !tier().linear.bf16_products)
+    p.compute = a.compute = Compute::f32, p.round_to_bf16 = true;
   const int64_t element = a.compute == Compute::int8 ? 1 : a.compute == Compute::bf16 ? 2 : 4;
   run(p, a, rows.M, {g.tiles * kTileK * element, g.tiles * g.segments()});
   return out;

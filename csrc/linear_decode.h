@@ -6,11 +6,13 @@
 namespace llmrt {
 namespace {
 
-inline const uint8_t *scales_of(const PackedWeight &w, const uint8_t *tile) { return tile + w.code_bytes; }
-inline const uint8_t *zeros_of(const PackedWeight &w, const uint8_t *tile) { return tile + w.code_bytes + w.scale_bytes; }
+inline const uint8_t* scales_of(const PackedWeight& w, const uint8_t* tile) { return tile + w.code_bytes; }
+inline const uint8_t* zeros_of(const PackedWeight& w, const uint8_t* tile) {
+  return tile + w.code_bytes + w.scale_bytes;
+}
 
 // The codes of a tile as unsigned bytes [32 k4][32 n][4 k]: 8-bit tiles are stored so.
-inline const uint8_t *byte_panel(const PackedWeight &w, const uint8_t *tile, uint8_t *panel) {
+inline const uint8_t* byte_panel(const PackedWeight& w, const uint8_t* tile, uint8_t* panel) {
   if (w.bits == 8) return tile;
   for (int64_t k8 = 0; k8 < 16; k8++)
     for (int64_t j = 0; j < 128; j += kVectorBytes) {
@@ -27,7 +29,7 @@ inline F32 code_value(I32 bytes, I32 zero) {
 }
 
 // code - zero, exact in bf16 and float: bf16 pairs [64 k2][32 n][2 k], or floats [128 k][32 n].
-inline void float_panel(const PackedWeight &w, const uint8_t *tile, Compute compute, uint8_t *scratch, uint8_t *panel) {
+inline void float_panel(const PackedWeight& w, const uint8_t* tile, Compute compute, uint8_t* scratch, uint8_t* panel) {
   const uint8_t *bytes = byte_panel(w, tile, scratch), *zeros = zeros_of(w, tile);
   const int64_t steps = w.segment / 4;
   for (int64_t k4 = 0; k4 < kTileK / 4; k4++)
@@ -40,7 +42,7 @@ inline void float_panel(const PackedWeight &w, const uint8_t *tile, Compute comp
         store_words(panel + (2 * k4) * 128 + 4 * n, shift_right<16>(bits_of(v[0])) | (bits_of(v[1]) & high));
         store_words(panel + (2 * k4 + 1) * 128 + 4 * n, shift_right<16>(bits_of(v[2])) | (bits_of(v[3]) & high));
       } else {
-        for (int i = 0; i < 4; i++) store((float *)(panel + (4 * k4 + i) * 128) + n, v[i]);
+        for (int i = 0; i < 4; i++) store((float*)(panel + (4 * k4 + i) * 128) + n, v[i]);
       }
     }
 }

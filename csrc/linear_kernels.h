@@ -1,4 +1,5 @@
-// Register tiles of the quantized linear: R rows x 32 outputs x one packed tile of 128 inputs, and the loops around them.
+// Register tiles of the quantized linear: R rows x 32 outputs x one packed tile of 128 inputs, and the loops around
+// them.
 #pragma once
 #include "linear.h"
 #include "linear_decode.h"
@@ -9,20 +10,21 @@ namespace llmrt {
 namespace {
 
 struct TileArgs {
-  const uint8_t *codes;  // a panel, or for the packed tiles the weight itself
-  const uint8_t *a;      // dwords [step][R]
-  const float *a_scales;
-  const int32_t *a_sums;
+  const uint8_t* codes;  // a panel, or for the packed tiles the weight itself
+  const uint8_t* a;      // dwords [step][R]
+  const float* a_scales;
+  const int32_t* a_sums;
   const uint8_t *scales, *zeros;
   DType scale_dtype;
   int64_t segments, steps;  // of this tile; steps (rows of dwords) per segment
-  float *C;                 // [R][32], += unless first
+  float* C;                 // [R][32], += unless first
   bool first;
 };
 
 // C += scale * (a_scale * dots); asymmetric weights still owe the zero point times the sum of the activations.
 template <int R, bool asymmetric>
-inline __attribute__((always_inline)) void add_segment(const TileArgs &t, int64_t s, int64_t h, I32 (&c0)[R], I32 (&c1)[R]) {
+inline __attribute__((always_inline)) void add_segment(const TileArgs& t, int64_t s, int64_t h, I32 (&c0)[R],
+                                                       I32 (&c1)[R]) {
   constexpr int64_t L = F32::lanes;
   const int64_t n = s * kTileN + h * kHalfN;
   const F32 s0 = load(t.scales, t.scale_dtype, n), s1 = load(t.scales, t.scale_dtype, n + L);
@@ -32,7 +34,7 @@ inline __attribute__((always_inline)) void add_segment(const TileArgs &t, int64_
   for (int r = 0; r < R; r++) {
     const float scale = t.a_scales[s * R + r];
     const F32 A = F32::set1(scale);
-    float *C = t.C + r * kTileN + h * kHalfN;
+    float* C = t.C + r * kTileN + h * kHalfN;
     const bool start = t.first && s == 0;
     F32 y0 = start ? F32::zero() : load(C), y1 = start ? F32::zero() : load(C + L);
     y0 = fma(to_float(c0[r]), s0 * A, y0), y1 = fma(to_float(c1[r]), s1 * A, y1);
@@ -45,14 +47,14 @@ inline __attribute__((always_inline)) void add_segment(const TileArgs &t, int64_
 }
 
 template <int R, bool asymmetric>
-inline __attribute__((always_inline)) void start_segment(const TileArgs &t, int64_t s, I32 (&c0)[R], I32 (&c1)[R]) {
+inline __attribute__((always_inline)) void start_segment(const TileArgs& t, int64_t s, I32 (&c0)[R], I32 (&c1)[R]) {
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) c0[r] = c1[r] = asymmetric ? I32::zero() : I32::set1(t.a_sums[s * R + r]);
 }
 
 // Codes as bytes, [k4][32 n][4 k].
 template <int R, bool wide, bool asymmetric>
-__attribute__((noinline)) void tile_bytes(const TileArgs &t) {
+__attribute__((noinline)) void tile_bytes(const TileArgs& t) {
   for (int64_t h = 0; h < kHalves; h++)
     for (int64_t s = 0; s < t.segments; s++) {
       I32 c0[R], c1[R];
@@ -73,7 +75,7 @@ __attribute__((noinline)) void tile_bytes(const TileArgs &t) {
 
 // Codes as packed nibbles, split in registers: for one row block there is no panel to share.
 template <int R, bool wide, bool asymmetric>
-__attribute__((noinline)) void tile_nibbles(const TileArgs &t) {
+__attribute__((noinline)) void tile_nibbles(const TileArgs& t) {
   for (int64_t h = 0; h < kHalves; h++)
     for (int64_t s = 0; s < t.segments; s++) {
       I32 c0[R], c1[R], d0[R], d1[R];  // d: a second chain, only where R = 1 leaves too few
@@ -102,7 +104,7 @@ __attribute__((noinline)) void tile_nibbles(const TileArgs &t) {
 
 // Codes as bf16 pairs or floats.
 template <int R, bool pairs, bool>
-__attribute__((noinline)) void tile_floats(const TileArgs &t) {
+__attribute__((noinline)) void tile_floats(const TileArgs& t) {
   constexpr int64_t L = F32::lanes;
   for (int64_t h = 0; h < kHalves; h++)
     for (int64_t s = 0; s < t.segments; s++) {
@@ -126,7 +128,7 @@ __attribute__((noinline)) void tile_floats(const TileArgs &t) {
       const F32 s0 = load(t.scales, t.scale_dtype, n), s1 = load(t.scales, t.scale_dtype, n + L);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
-        float *C = t.C + r * kTileN + h * kHalfN;
+        float* C = t.C + r * kTileN + h * kHalfN;
         const bool start = t.first && s == 0;
         store(C, fma(c0[r], s0, start ? F32::zero() : load(C)));
         store(C + L, fma(c1[r], s1, start ? F32::zero() : load(C + L)));
@@ -134,16 +136,25 @@ __attribute__((noinline)) void tile_floats(const TileArgs &t) {
     }
 }
 
-using Tile = void (*)(const TileArgs &);
+using Tile = void (*)(const TileArgs&);
 struct TileTable {
   Tile of[kBlockRows + 1];  // by R
 };
 #if defined(__AVX512F__)
-#define LLMRT_TILES(f, x, y)                                                                                            \
-  {{nullptr, f<1, x, y>, f<2, x, y>, f<3, x, y>, f<4, x, y>, f<5, x, y>, f<6, x, y>, f<7, x, y>, f<8, x, y>, f<9, x, y>, \
-    f<10, x, y>, f<11, x, y>, f<12, x, y>}}
+#define LLMRT_TILES(f, x, y)                                                                                   \
+  {                                                                                                            \
+    {                                                                                                          \
+      nullptr, f<1, x, y>, f<2, x, y>, f<3, x, y>, f<4, x, y>, f<5, x, y>, f<6, x, y>, f<7, x, y>, f<8, x, y>, \
+          f<9, x, y>, f<10, x, y>, f<11, x, y>, f<12, x, y>                                                    \
+    }                                                                                                          \
+  }
 #else
-#define LLMRT_TILES(f, x, y) {{nullptr, f<1, x, y>, f<2, x, y>, f<3, x, y>, f<4, x, y>}}
+#define LLMRT_TILES(f, x, y)                                  \
+  {                                                           \
+    {                                                         \
+      nullptr, f<1, x, y>, f<2, x, y>, f<3, x, y>, f<4, x, y> \
+    }                                                         \
+  }
 #endif
 constexpr TileTable kBytes[2][2] = {{LLMRT_TILES(tile_bytes, false, false), LLMRT_TILES(tile_bytes, false, true)},
                                     {LLMRT_TILES(tile_bytes, true, false), LLMRT_TILES(tile_bytes, true, true)}};
@@ -158,19 +169,24 @@ constexpr TileTable kPairs = kFloats;  // never called: see kBf16Products
 
 inline F32 activate(F32 x, Epilogue e) {
   switch (e) {
-    case Epilogue::relu: return relu(x);
+    case Epilogue::relu:
+      return relu(x);
     case Epilogue::silu:
-    case Epilogue::silu_mul: return silu(x);
+    case Epilogue::silu_mul:
+      return silu(x);
     case Epilogue::gelu:
-    case Epilogue::gelu_mul: return gelu(x);
+    case Epilogue::gelu_mul:
+      return gelu(x);
     case Epilogue::gelu_tanh:
-    case Epilogue::gelu_tanh_mul: return gelu_tanh(x);
-    default: return x;
+    case Epilogue::gelu_tanh_mul:
+      return gelu_tanh(x);
+    default:
+      return x;
   }
 }
 
 // Bias, activation and residual on C [rows][32], then the output's columns of this block of 32 outputs.
-void finish(const MultiplyArgs &a, int64_t row0, int64_t rows, int64_t block, const float *C) {
+void finish(const MultiplyArgs& a, int64_t row0, int64_t rows, int64_t block, const float* C) {
   constexpr int64_t L = F32::lanes;
   const bool gated = a.epilogue >= Epilogue::silu_mul;
   const int64_t columns = gated ? 16 : 32, n0 = block * columns;
@@ -195,22 +211,22 @@ void finish(const MultiplyArgs &a, int64_t row0, int64_t rows, int64_t block, co
 
 constexpr int64_t kPanelBytes = kTileK * kTileN * 4 + kTileK * kTileN;  // floats, and the bytes they are made of
 
-void multiply(const MultiplyArgs &a, int64_t row0, int64_t row1, int64_t block0, int64_t block1, void *scratch) {
-  const PackedWeight &w = a.weight;
+void multiply(const MultiplyArgs& a, int64_t row0, int64_t row1, int64_t block0, int64_t block1, void* scratch) {
+  const PackedWeight& w = a.weight;
   const bool int8 = a.compute == Compute::int8, one_block = row1 - row0 <= kBlockRows;
   const int64_t per_dword = int8 ? 4 : a.compute == Compute::bf16 ? 2 : 1;
   const int64_t row_bytes = w.tiles * kTileK * 4 / per_dword, segments = kTileK / w.segment;
   const bool nibbles = int8 && w.bits == 4 && one_block;
-  const TileTable &table = !int8     ? (a.compute == Compute::bf16 ? kPairs : kFloats)
+  const TileTable& table = !int8     ? (a.compute == Compute::bf16 ? kPairs : kFloats)
                            : nibbles ? kNibbles[w.asymmetric]
                                      : kBytes[w.bits == 8][w.asymmetric];
-  uint8_t *panel = (uint8_t *)scratch, *bytes = panel + kTileK * kTileN * 4;
-  float *C = (float *)(panel + kPanelBytes);
+  uint8_t *panel = (uint8_t*)scratch, *bytes = panel + kTileK * kTileN * 4;
+  float* C = (float*)(panel + kPanelBytes);
   TileArgs t;
   t.scale_dtype = w.scale, t.segments = segments, t.steps = w.segment / per_dword;
   for (int64_t block = block0; block < block1; block++) {
     for (int64_t k = 0; k < w.tiles; k++) {
-      const uint8_t *tile = w.data + (block * w.tiles + k) * w.tile_bytes;
+      const uint8_t* tile = w.data + (block * w.tiles + k) * w.tile_bytes;
       t.scales = scales_of(w, tile), t.zeros = zeros_of(w, tile), t.first = k == 0;
       if (!int8) float_panel(w, tile, a.compute, bytes, panel);
       t.codes = !int8 ? panel : nibbles ? tile : byte_panel(w, tile, bytes);

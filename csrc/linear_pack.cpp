@@ -10,7 +10,7 @@ namespace llmrt {
 namespace {
 
 // Padded input position -> input feature, or -1 where there is none.
-std::vector<int64_t> features_of_positions(const Geometry &g, int64_t K) {
+std::vector<int64_t> features_of_positions(const Geometry& g, int64_t K) {
   std::vector<int64_t> map(g.tiles * kTileK, -1);
   for (int64_t k = 0; k < K; k++) map[k / g.group * g.padded_group + k % g.group] = k;
   return map;
@@ -29,7 +29,7 @@ struct PackJob {
   std::vector<int64_t> feature;
 };
 
-PackJob job_of(const std::string &layout, int64_t N, int64_t K) {
+PackJob job_of(const std::string& layout, int64_t N, int64_t K) {
   PackJob j;
   j.layout = parse_layout(layout), j.g = geometry(j.layout, K), j.N = N, j.K = K;
   j.row_bytes = (K * j.layout.bits + 7) / 8;
@@ -38,15 +38,16 @@ PackJob job_of(const std::string &layout, int64_t N, int64_t K) {
 }
 
 // One output's codes, one to a byte in padded positions.
-void spread(const PackJob &j, const uint8_t *row, uint8_t *out) {
+void spread(const PackJob& j, const uint8_t* row, uint8_t* out) {
   for (size_t p = 0; p < j.feature.size(); p++) {
     const int64_t k = j.feature[p];
     out[p] = k < 0 ? 0 : j.layout.bits == 8 ? row[k] : (row[k / 2] >> (k % 2 * 4)) & 15;
   }
 }
 
-void pack_block(const PackJob &j, const uint8_t *codes, const uint8_t *scales, const uint8_t *zeros, int64_t block, uint8_t *out) {
-  const Geometry &g = j.g;
+void pack_block(const PackJob& j, const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros, int64_t block,
+                uint8_t* out) {
+  const Geometry& g = j.g;
   const int64_t size = size_of(j.layout.scale), per_group = g.padded_group / g.segment;
   std::vector<uint8_t> positions(g.tiles * kTileK);
   memset(out, 0, g.tiles * g.tile_bytes);
@@ -54,8 +55,8 @@ void pack_block(const PackJob &j, const uint8_t *codes, const uint8_t *scales, c
     const int64_t n = block * kTileN + i;
     spread(j, codes + n * j.row_bytes, positions.data());
     for (int64_t t = 0; t < g.tiles; t++) {
-      uint8_t *tile = out + t * g.tile_bytes;
-      const uint8_t *p = positions.data() + t * kTileK;
+      uint8_t* tile = out + t * g.tile_bytes;
+      const uint8_t* p = positions.data() + t * kTileK;
       if (j.layout.bits == 8) {
         for (int64_t k = 0; k < kTileK; k += 4) memcpy(tile + byte_of(8, i, k), p + k, 4);
       } else {
@@ -72,16 +73,16 @@ void pack_block(const PackJob &j, const uint8_t *codes, const uint8_t *scales, c
   }
 }
 
-bool finite_scales(const void *scales, DType t, int64_t count) {
+bool finite_scales(const void* scales, DType t, int64_t count) {
   bool good = true;
   for (int64_t i = 0; i < count; i++) {
     uint32_t bits = 0;
     if (t == DType::f32) {
-      memcpy(&bits, (const char *)scales + 4 * i, 4);
+      memcpy(&bits, (const char*)scales + 4 * i, 4);
       good &= (bits & 0x7f800000) != 0x7f800000;
     } else {
       const uint32_t exponent = t == DType::bf16 ? 0x7f80 : 0x7c00;
-      memcpy(&bits, (const char *)scales + 2 * i, 2);
+      memcpy(&bits, (const char*)scales + 2 * i, 2);
       good &= (bits & exponent) != exponent;
     }
   }
@@ -89,38 +90,41 @@ bool finite_scales(const void *scales, DType t, int64_t count) {
 }
 
 // Weights are read from end to end for every token: 2 MB pages raise the read bandwidth by a tenth and more.
-void advise_huge_pages(void *data, int64_t bytes) {
-  const uintptr_t page = (uintptr_t)2 << 20, begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + bytes) & ~(page - 1);
-  if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+void advise_huge_pages(void* data, int64_t bytes) {
+  const uintptr_t page = (uintptr_t)2 << 20, begin = ((uintptr_t)data + page - 1) & ~(page - 1),
+                  end = ((uintptr_t)data + bytes) & ~(page - 1);
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 }
 
-Tensor pack_weight(const Tensor &codes, const Tensor &scales, const OptionalTensor &zeros, const std::string &layout, int64_t in_features) {
+Tensor pack_weight(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, const std::string& layout,
+                   int64_t in_features) {
   check_dtype(codes, ScalarType::Byte, "codes");
   const PackJob j = job_of(layout, codes.dim() ? codes.size(0) : 0, in_features);
   check_shape(codes, {-1, j.row_bytes}, "codes");
   check_shape(scales, {j.N, j.g.groups}, "scales");
   check_dtype(scales, scalar_type(j.layout.scale), "scales");
-  STD_TORCH_CHECK(zeros.has_value() == j.layout.asymmetric, "zeros ", zeros ? "given" : "missing", " for layout ", layout);
+  STD_TORCH_CHECK(zeros.has_value() == j.layout.asymmetric, "zeros ", zeros ? "given" : "missing", " for layout ",
+                  layout);
   if (zeros) check_dtype(*zeros, ScalarType::Byte, "zeros"), check_shape(*zeros, {j.N, j.g.groups}, "zeros");
   const Tensor c = dense(codes), s = dense(scales);
   const OptionalTensor z = zeros ? OptionalTensor(dense(*zeros)) : OptionalTensor();
   STD_TORCH_CHECK(finite_scales(s.const_data_ptr(), j.layout.scale, s.numel()), "scales has NaN or infinite values");
   const int64_t blocks = (j.N + kTileN - 1) / kTileN, bytes = j.g.tiles * j.g.tile_bytes;
   Tensor out = empty(codes, {blocks, j.g.tiles, j.g.tile_bytes});
-  uint8_t *o = (uint8_t *)out.mutable_data_ptr();
+  uint8_t* o = (uint8_t*)out.mutable_data_ptr();
   advise_huge_pages(o, blocks * bytes);
-  const uint8_t *cp = (const uint8_t *)c.const_data_ptr(), *sp = (const uint8_t *)s.const_data_ptr();
-  const uint8_t *zp = z ? (const uint8_t *)z->const_data_ptr() : nullptr;
+  const uint8_t *cp = (const uint8_t*)c.const_data_ptr(), *sp = (const uint8_t*)s.const_data_ptr();
+  const uint8_t* zp = z ? (const uint8_t*)z->const_data_ptr() : nullptr;
   parallel_ranges(blocks, 1, [&](int64_t b0, int64_t b1) {
     for (int64_t b = b0; b < b1; b++) pack_block(j, cp, sp, zp, b, o + b * bytes);
   });
   return out;
 }
 
-void unpack_row(const PackJob &j, const uint8_t *packed, int64_t n, uint8_t *codes, uint8_t *scales, uint8_t *zeros) {
-  const Geometry &g = j.g;
+void unpack_row(const PackJob& j, const uint8_t* packed, int64_t n, uint8_t* codes, uint8_t* scales, uint8_t* zeros) {
+  const Geometry& g = j.g;
   const int64_t size = size_of(j.layout.scale), per_group = g.padded_group / g.segment, i = n % kTileN;
-  const uint8_t *block = packed + n / kTileN * g.tiles * g.tile_bytes;
+  const uint8_t* block = packed + n / kTileN * g.tiles * g.tile_bytes;
   memset(codes, 0, j.row_bytes);
   for (size_t p = 0; p < j.feature.size(); p++) {
     const int64_t k = j.feature[p];
@@ -133,13 +137,13 @@ void unpack_row(const PackJob &j, const uint8_t *packed, int64_t n, uint8_t *cod
   }
   for (int64_t group = 0; group < g.groups; group++) {
     const int64_t s = group * per_group, at = s % g.segments() * kTileN + i;
-    const uint8_t *tail = block + s / g.segments() * g.tile_bytes + g.code_bytes;
+    const uint8_t* tail = block + s / g.segments() * g.tile_bytes + g.code_bytes;
     memcpy(scales + group * size, tail + at * size, size);
     if (j.layout.asymmetric) zeros[group] = tail[g.scale_bytes + at];
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> unpack_weight(const Tensor &packed, const std::string &layout, int64_t out_features,
+std::tuple<Tensor, Tensor, Tensor> unpack_weight(const Tensor& packed, const std::string& layout, int64_t out_features,
                                                  int64_t in_features) {
   const PackJob j = job_of(layout, out_features, in_features);
   check_dtype(packed, ScalarType::Byte, "packed");
@@ -149,10 +153,12 @@ std::tuple<Tensor, Tensor, Tensor> unpack_weight(const Tensor &packed, const std
   Tensor codes = empty(p, {out_features, j.row_bytes});
   Tensor scales = torch::stable::new_empty(p, {out_features, j.g.groups}, scalar_type(j.layout.scale));
   Tensor zeros = empty(p, {out_features, zero_columns});
-  uint8_t *c = (uint8_t *)codes.mutable_data_ptr(), *s = (uint8_t *)scales.mutable_data_ptr(), *z = (uint8_t *)zeros.mutable_data_ptr();
+  uint8_t *c = (uint8_t*)codes.mutable_data_ptr(), *s = (uint8_t*)scales.mutable_data_ptr(),
+          *z = (uint8_t*)zeros.mutable_data_ptr();
   parallel_ranges(out_features, 8, [&](int64_t n0, int64_t n1) {
     for (int64_t n = n0; n < n1; n++)
-      unpack_row(j, (const uint8_t *)p.const_data_ptr(), n, c + n * j.row_bytes, s + n * j.g.groups * size, z + n * zero_columns);
+      unpack_row(j, (const uint8_t*)p.const_data_ptr(), n, c + n * j.row_bytes, s + n * j.g.groups * size,
+                 z + n * zero_columns);
   });
   return {codes, scales, zeros};
 }

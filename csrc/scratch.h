@@ -11,11 +11,11 @@ namespace llmrt {
 class Scratch {
  public:
   Scratch() = default;
-  Scratch(const Scratch &) = delete;
-  Scratch &operator=(const Scratch &) = delete;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { free(data_); }
 
-  void *get(int64_t bytes) {
+  void* get(int64_t bytes) {
     if (bytes > size_) {
       free(data_);
       const int64_t page = bytes >= (2 << 20) ? 2 << 20 : 4096;
@@ -31,7 +31,7 @@ class Scratch {
   }
 
  private:
-  void *data_ = nullptr;
+  void* data_ = nullptr;
   int64_t size_ = 0;
 };
 

@@ -169,7 +169,7 @@ def _activate(y: Tensor, epilogue: str) -> Tensor:
     name = epilogue.removesuffix("_mul")
     if name == "gelu_tanh":
         return gelu(y, approximate="tanh")
-    return {"relu": relu, "silu": silu, "gelu": gelu}[name](y)
+    return silu(y) if name == "silu" else relu(y) if name == "relu" else gelu(y)
 
 
 def _check_linear(
