@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 VOCAB = 96
 PAD, BOS, EOS = 0, 1, 2
@@ -109,3 +112,47 @@ def padded_batch(batch: int = 3, tokens: int = 11) -> dict[str, torch.Tensor]:
     for row in range(batch):
         ids[row, : 3 * row], mask[row, : 3 * row] = PAD, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def dequantized(name: str, optimized: Any) -> Any:
+    """Return the plain model with the weights that a quantized one stands for, float32."""
+    from llmrt.llm.linear import QuantLinear, SiblingLinear
+    from llmrt.llm.mlp import QuantGatedMLP
+
+    plain = copy.deepcopy(tiny_model(name))
+    plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.clone(), False)  # apart from a tied embedding
+    weights = {}
+    for path, module in optimized.named_modules():
+        if isinstance(module, QuantLinear | SiblingLinear) and not path.endswith(".group"):
+            weights[path] = module.dequantized()
+        elif isinstance(module, QuantGatedMLP):
+            weights.update({f"{path}.{key}": weight for key, weight in module.dequantized().items()})
+    for path, weight in weights.items():
+        plain.get_submodule(path).weight.data = weight
+    linears = [path for path, module in plain.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert sorted(weights) == sorted(linears), "every linear is quantized"
+    return plain
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts calls of llmrt's operators: ``with CountOperators() as calls: ...; calls["rope"]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "llmrt":
+            self.calls[func.__name__.removesuffix(".default")] += 1
+        return func(*args, **(kwargs or {}))
+
+    def __getitem__(self, name: str) -> int:
+        return self.calls[name]
+
+
+def error(got: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """Return the largest difference at positions that are no padding, relative to the largest value."""
+    difference = (got.double() - expected.double()).abs()
+    if mask is not None:
+        difference, expected = difference[mask.bool()], expected[mask.bool()]
+    return float(difference.max() / expected.abs().max())
