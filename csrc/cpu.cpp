@@ -102,7 +102,8 @@ PyObject *peak(PyObject *, PyObject *args, PyObject *keywords) {
   const char *kind;
   long long threads;
   double seconds, result = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLd", const_cast<char **>(names), &kind, &threads, &seconds)) return nullptr;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLd", const_cast<char **>(names), &kind, &threads, &seconds))
+    return nullptr;
   std::string invalid;
   bool no_memory = false;
   Py_BEGIN_ALLOW_THREADS;

@@ -8,15 +8,15 @@ namespace {
 // Enough for 6 cycles of latency at 2 instructions per cycle, few enough that the 16 registers of AVX2 hold them all.
 constexpr int kChains = 12;
 
-// Inline assembly in the steps keeps the accumulators in registers, and the compiler from seeing that all chains are
-// equal.
+// Inline assembly in the steps keeps the compiler from seeing that all chains are equal; the sums have names because
+// gcc 12 keeps an array of them on the stack.
 template <class Vector, class Step>
 inline double run_chains(int64_t iterations, Vector zero, double operations, Step step) {
-  Vector chain[kChains];
-  for (Vector& v : chain) v = zero;
-  for (int64_t i = 0; i < iterations; i++) {
-#pragma GCC unroll 12
-    for (int c = 0; c < kChains; c++) step(chain[c]);
+  Vector a = zero, b = zero, c = zero, d = zero, e = zero, f = zero;
+  Vector g = zero, h = zero, i = zero, j = zero, k = zero, l = zero;
+  for (int64_t n = 0; n < iterations; n++) {
+    step(a), step(b), step(c), step(d), step(e), step(f);
+    step(g), step(h), step(i), step(j), step(k), step(l);
   }
   return (double)iterations * kChains * operations;
 }
