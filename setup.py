@@ -18,7 +18,18 @@ TIERS = {  # tier file in csrc/tiers -> instruction set flags
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 # Tier objects keep every symbol but their table local, so that no inline function compiled for a larger CPU is shared.
-TIER_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall"]
+TIER_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wno-unknown-warning-option",
+    "-Wno-maybe-uninitialized",  # gcc 12: false alarms in its own intrinsics headers
+]
 
 
 def tier_compiler() -> str:
@@ -27,7 +38,9 @@ def tier_compiler() -> str:
     candidates = [named] if named else [*(f"clang++-{v}" for v in range(24, 15, -1)), "clang++"]
     for candidate in candidates:
         if path := shutil.which(candidate):
-            version = re.search(r"version (\d+)", subprocess.run([path, "--version"], capture_output=True, text=True).stdout)
+            version = re.search(
+                r"version (\d+)", subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+            )
             if named or (version and int(version[1]) >= 16):
                 return path
     if named:
@@ -69,7 +82,14 @@ setup(
             include_dirs=[os.path.abspath("csrc")],
             py_limited_api=True,
             extra_compile_args=[
-                "-std=c++20", "-O3", "-fopenmp", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
+                "-std=c++20",
+                "-O3",
+                "-fopenmp",
+                "-g0",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wno-unknown-pragmas",
+                "-Wno-maybe-uninitialized",
                 "-DTORCH_TARGET_VERSION=0x020d000000000000",
             ],
             extra_link_args=["-fopenmp"],

@@ -13,7 +13,7 @@
 namespace llmrt {
 namespace {
 
-const Tier *const kTiers[] = {&tier_avx512_bf16, &tier_avx512_vnni, &tier_avx2};  // best first
+const Tier* const kTiers[] = {&tier_avx512_bf16, &tier_avx512_vnni, &tier_avx2};  // best first
 
 struct Cpu {
   bool avx2 = false, avx512_vnni = false, avx512_bf16 = false;
@@ -37,7 +37,7 @@ Cpu detect() {
   return cpu;
 }
 
-bool supported(const Tier *t) {
+bool supported(const Tier* t) {
   static const Cpu cpu = detect();
   if (t == &tier_avx512_bf16) return cpu.avx512_bf16;
   if (t == &tier_avx512_vnni) return cpu.avx512_vnni;
@@ -46,51 +46,52 @@ bool supported(const Tier *t) {
 
 std::string supported_names() {
   std::string names;
-  for (const Tier *t : kTiers)
+  for (const Tier* t : kTiers)
     if (supported(t)) names += (names.empty() ? "" : ", ") + std::string(t->name);
   return names + (names.empty() ? "" : ", ") + "reference";
 }
 
 // Returns false where the name is unknown or the CPU lacks the tier.
-bool find(const char *name, const Tier *&found) {
+bool find(const char* name, const Tier*& found) {
   found = nullptr;
   if (!strcmp(name, "reference")) return true;
-  for (const Tier *t : kTiers)
+  for (const Tier* t : kTiers)
     if (!strcmp(name, t->name) && supported(t)) found = t;
   return found;
 }
 
 std::string start_error;
 
-const Tier *choose() {
-  const char *name = getenv("LLMRT_CPU_ISA");
-  const Tier *found = nullptr;
+const Tier* choose() {
+  const char* name = getenv("LLMRT_CPU_ISA");
+  const Tier* found = nullptr;
   if (name && *name) {
     if (!find(name, found)) start_error = "LLMRT_CPU_ISA=" + std::string(name) + "; valid here: " + supported_names();
     return found;
   }
-  for (const Tier *t : kTiers)
+  for (const Tier* t : kTiers)
     if (supported(t)) return t;
   return nullptr;
 }
 
-const Tier *&current() {
-  static const Tier *t = choose();
+const Tier*& current() {
+  static const Tier* t = choose();
   return t;
 }
 
-PyObject *isa(PyObject *, PyObject *) { return PyUnicode_FromString(current() ? current()->name : "reference"); }
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(current() ? current()->name : "reference"); }
 
-PyObject *isas(PyObject *, PyObject *) { return PyUnicode_FromString(supported_names().c_str()); }
+PyObject* isas(PyObject*, PyObject*) { return PyUnicode_FromString(supported_names().c_str()); }
 
-PyObject *force_isa(PyObject *, PyObject *argument) {
-  PyObject *bytes = PyUnicode_AsUTF8String(argument);
+PyObject* force_isa(PyObject*, PyObject* argument) {
+  PyObject* bytes = PyUnicode_AsUTF8String(argument);
   if (!bytes) return nullptr;
   const std::string name = PyBytes_AsString(bytes);
   Py_DECREF(bytes);
-  const Tier *found;
+  const Tier* found;
   if (!find(name.c_str(), found) || !found || !current())
-    return PyErr_Format(PyExc_ValueError, "cannot switch to ISA tier '%s'; valid here: %s", name.c_str(), supported_names().c_str());
+    return PyErr_Format(PyExc_ValueError, "cannot switch to ISA tier '%s'; valid here: %s", name.c_str(),
+                        supported_names().c_str());
   current() = found;
   Py_RETURN_NONE;
 }
@@ -105,11 +106,11 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr
 
 }  // namespace
 
-const Tier *current_tier() { return current(); }
+const Tier* current_tier() { return current(); }
 
 }  // namespace llmrt
 
-extern "C" __attribute__((visibility("default"))) PyObject *PyInit__C() {
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   llmrt::current_tier();
   if (!llmrt::start_error.empty()) return PyErr_Format(PyExc_ImportError, "%s", llmrt::start_error.c_str());
   return PyModule_Create(&llmrt::module);

@@ -13,12 +13,12 @@ inline void for_each_vector(int64_t K, Function f) {
   if (i < K) f(i, K - i);
 }
 
-void rms_rows(const NormArgs &a, int64_t row0, int64_t row1) {
+void rms_rows(const NormArgs& a, int64_t row0, int64_t row1) {
   for (int64_t m = row0; m < row1; m++) {
-    const char *x = (const char *)a.x + m * a.ldx * size_of(a.dtype);
+    const char* x = (const char*)a.x + m * a.ldx * size_of(a.dtype);
     if (a.residual) {
-      const char *residual = (const char *)a.residual + m * a.K * size_of(a.dtype);
-      char *sum_row = (char *)a.sum + m * a.K * size_of(a.dtype);
+      const char* residual = (const char*)a.residual + m * a.K * size_of(a.dtype);
+      char* sum_row = (char*)a.sum + m * a.K * size_of(a.dtype);
       for_each_vector(a.K, [&](int64_t i, int64_t n) {
         store(sum_row, a.dtype, i, load(x, a.dtype, i, n) + load(residual, a.dtype, i, n), n);
       });
@@ -31,7 +31,7 @@ void rms_rows(const NormArgs &a, int64_t row0, int64_t row1) {
     });
     const F32 inverse = F32::set1(1.f / __builtin_sqrtf(sum(squares) / (float)a.K + (float)a.eps));
     const F32 offset = F32::set1(a.offset);
-    void *out = (char *)a.out + m * a.K * size_of(a.dtype);
+    void* out = (char*)a.out + m * a.K * size_of(a.dtype);
     for_each_vector(a.K, [&](int64_t i, int64_t n) {
       F32 y = load(x, a.dtype, i, n) * inverse;
       if (a.weight) y = y * (load(a.weight, a.weight_dtype, i, n) + offset);

@@ -8,7 +8,7 @@ namespace llmrt {
 
 // Splits [0, count) into one contiguous range per thread, at least `grain` long, and calls f(begin, end).
 template <class Function>
-void parallel_ranges(int64_t count, int64_t grain, const Function &f) {
+void parallel_ranges(int64_t count, int64_t grain, const Function& f) {
   if (count <= 0) return;
   int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads();
   const int64_t most = (count + grain - 1) / grain;

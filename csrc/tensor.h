@@ -15,54 +15,69 @@
 #include "tier.h"
 
 // Registers CPU kernels: LLMRT_CPU_KERNELS(norm) { library.impl("rms_norm", TORCH_BOX(&rms_norm)); }
-#define LLMRT_CPU_KERNELS(stem)                                                \
-  static void register_##stem(torch::stable::detail::StableLibrary &library);  \
-  STABLE_TORCH_LIBRARY_IMPL(llmrt, CPU, library_##stem) {                       \
-    if (llmrt::current_tier()) register_##stem(library_##stem);                \
-  }                                                                            \
-  static void register_##stem([[maybe_unused]] torch::stable::detail::StableLibrary &library)
+#define LLMRT_CPU_KERNELS(stem)                                               \
+  static void register_##stem(torch::stable::detail::StableLibrary& library); \
+  STABLE_TORCH_LIBRARY_IMPL(llmrt, CPU, library_##stem) {                     \
+    if (llmrt::current_tier()) register_##stem(library_##stem);               \
+  }                                                                           \
+  static void register_##stem([[maybe_unused]] torch::stable::detail::StableLibrary& library)
 
 namespace llmrt {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline std::string shape_text(const Tensor &t) {
+inline std::string shape_text(const Tensor& t) {
   std::string text = "[";
   for (int64_t i = 0; i < t.dim(); i++) text += (i ? ", " : "") + std::to_string(t.size(i));
   return text + "]";
 }
 
-inline const char *dtype_text(ScalarType t) {
+inline const char* dtype_text(ScalarType t) {
   switch (t) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
-inline bool is_float(ScalarType t) { return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half; }
-
-inline DType float_dtype(const Tensor &t, const char *name) {
-  STD_TORCH_CHECK(is_float(t.scalar_type()), name, " has dtype ", dtype_text(t.scalar_type()),
-                  "; valid: float32, bfloat16, float16");
-  return t.scalar_type() == ScalarType::Float ? DType::f32 : t.scalar_type() == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
+inline bool is_float(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half;
 }
 
-inline void check_dtype(const Tensor &t, ScalarType dtype, const char *name) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has dtype ", dtype_text(t.scalar_type()), "; expected ", dtype_text(dtype));
+inline DType float_dtype(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(is_float(t.scalar_type()), name, " has dtype ", dtype_text(t.scalar_type()),
+                  "; valid: float32, bfloat16, float16");
+  return t.scalar_type() == ScalarType::Float      ? DType::f32
+         : t.scalar_type() == ScalarType::BFloat16 ? DType::bf16
+                                                   : DType::f16;
+}
+
+inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has dtype ", dtype_text(t.scalar_type()), "; expected ",
+                  dtype_text(dtype));
 }
 
 // A size of -1 stands for any.
-inline void check_shape(const Tensor &t, std::initializer_list<int64_t> sizes, const char *name) {
+inline void check_shape(const Tensor& t, std::initializer_list<int64_t> sizes, const char* name) {
   bool same = t.dim() == (int64_t)sizes.size();
   int64_t i = 0;
   for (int64_t s : sizes) {
@@ -72,23 +87,26 @@ inline void check_shape(const Tensor &t, std::initializer_list<int64_t> sizes, c
   }
   if (same) return;
   std::string expected = "[";
-  for (int64_t s : sizes) expected += (expected.size() > 1 ? ", " : "") + (s < 0 ? std::string("any") : std::to_string(s));
+  for (int64_t s : sizes)
+    expected += (expected.size() > 1 ? ", " : "") + (s < 0 ? std::string("any") : std::to_string(s));
   STD_TORCH_CHECK(false, name, " has shape ", shape_text(t), "; expected ", expected, "]");
 }
 
-inline void check_cpu(const Tensor &t, const char *name) { STD_TORCH_CHECK(t.is_cpu(), name, " is not a CPU tensor"); }
+inline void check_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, " is not a CPU tensor"); }
 
-inline Tensor dense(const Tensor &t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-inline Tensor empty(const Tensor &like, std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(like, sizes); }
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes);
+}
 
 // [.., K] seen as M rows of K elements with one row stride, without a copy where the strides allow it.
 struct Rows {
   Tensor tensor;  // keeps a copy alive
-  const void *data;
+  const void* data;
   int64_t M, K, stride;
 };
-inline Rows rows_of(const Tensor &t, const char *name) {
+inline Rows rows_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() >= 1, name, " is a scalar; expected at least one dimension");
   const int64_t d = t.dim(), K = t.size(d - 1);
   int64_t M = 1;

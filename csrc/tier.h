@@ -10,7 +10,7 @@
 namespace llmrt {
 
 struct Tier {
-  const char *name;
+  const char* name;
   LinearKernels linear;
   NormKernels norm;
   RopeKernels rope;
@@ -23,7 +23,7 @@ extern const Tier tier_avx2, tier_avx512_vnni, tier_avx512_bf16;
 
 // The table in use: the best that CPU and OS support, or the lower one that LLMRT_CPU_ISA names; null where the CPU is
 // below AVX2 or LLMRT_CPU_ISA=reference (then no CPU kernel is registered and the Python references run).
-const Tier *current_tier();
-inline const Tier &tier() { return *current_tier(); }
+const Tier* current_tier();
+inline const Tier& tier() { return *current_tier(); }
 
 }  // namespace llmrt

@@ -22,7 +22,8 @@ inline F32 operator-(F32 a, F32 b) { return sub(a, b); }
 inline F32 operator*(F32 a, F32 b) { return mul(a, b); }
 inline F32 operator/(F32 a, F32 b) { return div(a, b); }
 
-// Elementwise functions: exp to 2 ulp over the whole float range (Cephes expf: reduction by ln 2 and a degree-5 polynomial).
+// Elementwise functions: exp to 2 ulp over the whole float range (Cephes expf: reduction by ln 2 and a degree-5
+// polynomial).
 inline F32 exp(F32 x) {
   x = min(max(x, F32::set1(-103.97f)), F32::set1(88.72283f));
   F32 n = round(x * F32::set1(1.44269504088896341f));
@@ -69,25 +70,25 @@ inline F32 gelu_tanh(F32 x) {
 inline F32 relu(F32 x) { return max(F32::zero(), x); }  // max returns its second operand for NaN: NaN passes through
 
 // Reads and writes of a pointer whose type is known only at run time, `i` in elements.
-inline F32 load(const void *p, DType t, int64_t i) {
-  if (t == DType::f32) return load((const float *)p + i);
-  if (t == DType::bf16) return load((const bf16 *)p + i);
-  return load((const f16 *)p + i);
+inline F32 load(const void* p, DType t, int64_t i) {
+  if (t == DType::f32) return load((const float*)p + i);
+  if (t == DType::bf16) return load((const bf16*)p + i);
+  return load((const f16*)p + i);
 }
-inline F32 load(const void *p, DType t, int64_t i, int64_t count) {
-  if (t == DType::f32) return load((const float *)p + i, count);
-  if (t == DType::bf16) return load((const bf16 *)p + i, count);
-  return load((const f16 *)p + i, count);
+inline F32 load(const void* p, DType t, int64_t i, int64_t count) {
+  if (t == DType::f32) return load((const float*)p + i, count);
+  if (t == DType::bf16) return load((const bf16*)p + i, count);
+  return load((const f16*)p + i, count);
 }
-inline void store(void *p, DType t, int64_t i, F32 x) {
-  if (t == DType::f32) return store((float *)p + i, x);
-  if (t == DType::bf16) return store((bf16 *)p + i, x);
-  return store((f16 *)p + i, x);
+inline void store(void* p, DType t, int64_t i, F32 x) {
+  if (t == DType::f32) return store((float*)p + i, x);
+  if (t == DType::bf16) return store((bf16*)p + i, x);
+  return store((f16*)p + i, x);
 }
-inline void store(void *p, DType t, int64_t i, F32 x, int64_t count) {
-  if (t == DType::f32) return store((float *)p + i, x, count);
-  if (t == DType::bf16) return store((bf16 *)p + i, x, count);
-  return store((f16 *)p + i, x, count);
+inline void store(void* p, DType t, int64_t i, F32 x, int64_t count) {
+  if (t == DType::f32) return store((float*)p + i, x, count);
+  if (t == DType::bf16) return store((bf16*)p + i, x, count);
+  return store((f16*)p + i, x, count);
 }
 
 }  // namespace

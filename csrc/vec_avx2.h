@@ -43,19 +43,19 @@ inline float max_of(F32 a) {
 inline __m256i first(int64_t count) {  // count 0..8
   return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-inline __m128i load_16bit(const void *p, int64_t count) {
+inline __m128i load_16bit(const void* p, int64_t count) {
   uint16_t lane[8] = {};
   memcpy(lane, p, 2 * count);
-  return _mm_loadu_si128((const __m128i *)lane);
+  return _mm_loadu_si128((const __m128i*)lane);
 }
 
-inline F32 load(const float *p) { return {_mm256_loadu_ps(p)}; }
-inline F32 load(const float *p, int64_t count) { return {_mm256_maskload_ps(p, first(count))}; }
+inline F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline F32 load(const float* p, int64_t count) { return {_mm256_maskload_ps(p, first(count))}; }
 inline F32 from_bf16(__m128i x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))}; }
-inline F32 load(const bf16 *p) { return from_bf16(_mm_loadu_si128((const __m128i *)p)); }
-inline F32 load(const bf16 *p, int64_t count) { return from_bf16(load_16bit(p, count)); }
-inline F32 load(const f16 *p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p))}; }
-inline F32 load(const f16 *p, int64_t count) { return {_mm256_cvtph_ps(load_16bit(p, count))}; }
+inline F32 load(const bf16* p) { return from_bf16(_mm_loadu_si128((const __m128i*)p)); }
+inline F32 load(const bf16* p, int64_t count) { return from_bf16(load_16bit(p, count)); }
+inline F32 load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+inline F32 load(const f16* p, int64_t count) { return {_mm256_cvtph_ps(load_16bit(p, count))}; }
 
 // Round to nearest even; NaN stays NaN.
 inline __m128i to_bf16(F32 x) {
@@ -68,18 +68,18 @@ inline __m128i to_bf16(F32 x) {
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
 inline __m128i to_f16(F32 x) { return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline void store_16bit(void *p, __m128i x, int64_t count) {
+inline void store_16bit(void* p, __m128i x, int64_t count) {
   uint16_t lane[8];
-  _mm_storeu_si128((__m128i *)lane, x);
+  _mm_storeu_si128((__m128i*)lane, x);
   memcpy(p, lane, 2 * count);
 }
 
-inline void store(float *p, F32 x) { _mm256_storeu_ps(p, x.v); }
-inline void store(float *p, F32 x, int64_t count) { _mm256_maskstore_ps(p, first(count), x.v); }
-inline void store(bf16 *p, F32 x) { _mm_storeu_si128((__m128i *)p, to_bf16(x)); }
-inline void store(bf16 *p, F32 x, int64_t count) { store_16bit(p, to_bf16(x), count); }
-inline void store(f16 *p, F32 x) { _mm_storeu_si128((__m128i *)p, to_f16(x)); }
-inline void store(f16 *p, F32 x, int64_t count) { store_16bit(p, to_f16(x), count); }
+inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x.v); }
+inline void store(float* p, F32 x, int64_t count) { _mm256_maskstore_ps(p, first(count), x.v); }
+inline void store(bf16* p, F32 x) { _mm_storeu_si128((__m128i*)p, to_bf16(x)); }
+inline void store(bf16* p, F32 x, int64_t count) { store_16bit(p, to_bf16(x), count); }
+inline void store(f16* p, F32 x) { _mm_storeu_si128((__m128i*)p, to_f16(x)); }
+inline void store(f16* p, F32 x, int64_t count) { store_16bit(p, to_f16(x), count); }
 
 }  // namespace
 }  // namespace llmrt

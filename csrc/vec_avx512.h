@@ -27,13 +27,13 @@ inline float max_of(F32 a) { return _mm512_reduce_max_ps(a.v); }
 
 inline __mmask16 first(int64_t count) { return (__mmask16)((1u << count) - 1); }  // count 0..16
 
-inline F32 load(const float *p) { return {_mm512_loadu_ps(p)}; }
-inline F32 load(const float *p, int64_t count) { return {_mm512_maskz_loadu_ps(first(count), p)}; }
+inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F32 load(const float* p, int64_t count) { return {_mm512_maskz_loadu_ps(first(count), p)}; }
 inline F32 from_bf16(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
-inline F32 load(const bf16 *p) { return from_bf16(_mm256_loadu_si256((const __m256i *)p)); }
-inline F32 load(const bf16 *p, int64_t count) { return from_bf16(_mm256_maskz_loadu_epi16(first(count), p)); }
-inline F32 load(const f16 *p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p))}; }
-inline F32 load(const f16 *p, int64_t count) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p))}; }
+inline F32 load(const bf16* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+inline F32 load(const bf16* p, int64_t count) { return from_bf16(_mm256_maskz_loadu_epi16(first(count), p)); }
+inline F32 load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+inline F32 load(const f16* p, int64_t count) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p))}; }
 
 // Round to nearest even; NaN stays NaN.
 inline __m256i to_bf16(F32 x) {
@@ -49,12 +49,12 @@ inline __m256i to_bf16(F32 x) {
 }
 inline __m256i to_f16(F32 x) { return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-inline void store(float *p, F32 x) { _mm512_storeu_ps(p, x.v); }
-inline void store(float *p, F32 x, int64_t count) { _mm512_mask_storeu_ps(p, first(count), x.v); }
-inline void store(bf16 *p, F32 x) { _mm256_storeu_si256((__m256i *)p, to_bf16(x)); }
-inline void store(bf16 *p, F32 x, int64_t count) { _mm256_mask_storeu_epi16(p, first(count), to_bf16(x)); }
-inline void store(f16 *p, F32 x) { _mm256_storeu_si256((__m256i *)p, to_f16(x)); }
-inline void store(f16 *p, F32 x, int64_t count) { _mm256_mask_storeu_epi16(p, first(count), to_f16(x)); }
+inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
+inline void store(float* p, F32 x, int64_t count) { _mm512_mask_storeu_ps(p, first(count), x.v); }
+inline void store(bf16* p, F32 x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
+inline void store(bf16* p, F32 x, int64_t count) { _mm256_mask_storeu_epi16(p, first(count), to_bf16(x)); }
+inline void store(f16* p, F32 x) { _mm256_storeu_si256((__m256i*)p, to_f16(x)); }
+inline void store(f16* p, F32 x, int64_t count) { _mm256_mask_storeu_epi16(p, first(count), to_f16(x)); }
 
 }  // namespace
 }  // namespace llmrt

@@ -4,9 +4,18 @@
 Importing llmrt registers its operators as ``torch.ops.llmrt.*`` and changes nothing else in torch or transformers.
 """
 
+import warnings as _warnings
+
 import torch as _torch  # noqa: F401  (its libraries must be loaded before the extension)
 
-from . import _C  # noqa: F401  (registers the CPU kernels)
+from . import _C
 from . import ops as ops
 
 __version__ = "0.1.0"
+
+if _C.cpu_isa() == "reference":
+    _warnings.warn(
+        "llmrt runs its slow Python references: this CPU lacks AVX2 with FMA and F16C, or LLMRT_CPU_ISA=reference is set",
+        RuntimeWarning,
+        stacklevel=2,
+    )

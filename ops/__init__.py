@@ -1,5 +1,6 @@
 """The meaning of every operator: schema, fake kernel, reference and sample inputs, in plain torch."""
 
+from .attention import attention
 from .formats import FORMATS, Layout, dequantize, interleave_gate_up, quantize
 from .linear import pack_weight, quant_linear, unpack_weight
 from .norm import rms_norm
@@ -10,6 +11,7 @@ __all__ = [
     "OPERATORS",
     "Layout",
     "Operator",
+    "attention",
     "dequantize",
     "interleave_gate_up",
     "pack_weight",

@@ -159,7 +159,7 @@ def quantize_activations(x: Tensor, sizes: Geometry) -> Tensor:
     """
     form = _pad_groups(x.float(), sizes).view(x.shape[0], sizes.tiles * sizes.segments, sizes.segment)
     largest = form.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest == 0, 0.0, 127.0 / largest)
+    inverse = torch.where(largest == 0, 0.0, torch.full_like(largest, 127.0) / largest)
     codes = torch.round(form * inverse).clamp(-127, 127)
     values = codes.to(x.dtype) * (largest / 127.0).to(x.dtype)
     return _unpad_groups(values.flatten(1), sizes, x.shape[1])
@@ -169,7 +169,7 @@ def _activate(y: Tensor, epilogue: str) -> Tensor:
     name = epilogue.removesuffix("_mul")
     if name == "gelu_tanh":
         return gelu(y, approximate="tanh")
-    return {"relu": relu, "silu": silu, "gelu": gelu}[name](y)
+    return silu(y) if name == "silu" else relu(y) if name == "relu" else gelu(y)
 
 
 def _check_linear(

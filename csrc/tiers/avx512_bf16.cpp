@@ -7,5 +7,5 @@
 #include "rope_kernels.h"
 #include "tier.h"
 
-const llmrt::Tier llmrt::tier_avx512_bf16 = {"avx512_bf16",         linear_kernels,    norm_kernels, rope_kernels,
-                                    gated_kernels, attention_kernels, peak_kernels};
+const llmrt::Tier llmrt::tier_avx512_bf16 = {"avx512_bf16", linear_kernels,    norm_kernels, rope_kernels,
+                                             gated_kernels, attention_kernels, peak_kernels};

@@ -1,0 +1,142 @@
+// Entry point of quant_linear: see ops/linear.py for what it means.
+#include "linear.h"
+
+#include <algorithm>
+
+#include "layout.h"
+#include "scratch.h"
+
+namespace llmrt {
+namespace {
+
+constexpr int64_t kChunkBytes =
+    384 << 10;                       // of prepared activations that a thread sweeps per weight panel: part of a 1 MB L2
+constexpr int64_t kChunkRows = 144;  // their float accumulators, 128 bytes a row, stay in a 32 KB L1
+constexpr int64_t kAloneBytes =
+    32 << 10;  // activations so small that each thread prepares them for itself, without a barrier
+
+Epilogue parse_epilogue(const std::string& text) {
+  static constexpr const char* kNames[] = {"none", "relu", "silu",     "gelu",     "gelu_tanh",
+                                           "add",  "mul",  "silu_mul", "gelu_mul", "gelu_tanh_mul"};
+  for (int i = 0; i < 10; i++)
+    if (text == kNames[i]) return (Epilogue)i;
+  STD_TORCH_CHECK(false, "epilogue is '", text,
+                  "'; valid: none, relu, silu, gelu, gelu_tanh, add, mul, silu_mul, gelu_mul, gelu_tanh_mul");
+  return Epilogue::none;
+}
+
+Compute parse_compute(const std::string& text) {
+  if (text == "int8") return Compute::int8;
+  if (text == "bf16") return Compute::bf16;
+  STD_TORCH_CHECK(text == "fp32" || text == "fp16", "compute is '", text, "'; valid: int8, bf16, fp16, fp32");
+  return Compute::f32;
+}
+
+struct Sizes {
+  int64_t row_bytes, segments;  // of one prepared row
+  int64_t bytes(int64_t rows) const { return rows * (row_bytes + 8 * segments) + 192; }
+};
+
+// Lays the three arrays of prepared activations into one buffer.
+Activations place(void* buffer, const Sizes& sizes, int64_t M) {
+  uint8_t* p = (uint8_t*)buffer;
+  const int64_t codes = (M * sizes.row_bytes + 63) / 64 * 64, scales = (M * sizes.segments * 4 + 63) / 64 * 64;
+  return {p, (float*)(p + codes), (int32_t*)(p + codes + scales), M};
+}
+
+// Chunk-major order over (chunks of rows) x (blocks of outputs), one contiguous range per thread.
+struct Grid {
+  int64_t M, chunk, blocks;
+  int64_t tasks() const { return (M + chunk - 1) / chunk * blocks; }
+
+  void run(const MultiplyArgs& a, int64_t task0, int64_t task1, void* scratch) const {
+    while (task0 < task1) {
+      const int64_t row0 = task0 / blocks * chunk, block0 = task0 % blocks;
+      const int64_t block1 = std::min(blocks, block0 + task1 - task0);
+      tier().linear.multiply(a, row0, std::min(M, row0 + chunk), block0, block1, scratch);
+      task0 += block1 - block0;
+    }
+  }
+};
+
+void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
+  const LinearKernels& kernels = tier().linear;
+  const int64_t rows = kernels.block_rows;
+  const int64_t fitting = std::clamp(kChunkBytes / sizes.row_bytes, 4 * rows, kChunkRows) / rows * rows;
+  const Grid grid{M, M <= rows ? rows : fitting, a.weight.blocks};
+  const int64_t row_blocks = (M + rows - 1) / rows, scratch_bytes = kernels.panel_bytes + grid.chunk * 128;
+  static thread_local Scratch activations, scratch;
+  const bool alone = sizes.bytes(M) <= kAloneBytes;
+  if (!alone) {
+    prepare.out = a.activations = place(activations.get(sizes.bytes(M)), sizes, M);
+    parallel_ranges(row_blocks, 1, [&](int64_t b0, int64_t b1) { kernels.prepare(prepare, a.weight, b0, b1); });
+  }
+  parallel_ranges(grid.tasks(), 1, [&](int64_t t0, int64_t t1) {
+    MultiplyArgs mine = a;
+    if (alone) {
+      PrepareArgs own = prepare;
+      own.out = mine.activations = place(activations.get(sizes.bytes(M)), sizes, M);
+      kernels.prepare(own, a.weight, 0, row_blocks);
+    }
+    grid.run(mine, t0, t1, scratch.get(scratch_bytes));
+  });
+}
+
+Tensor quant_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& other,
+                    const std::string& layout, int64_t out_features, const std::string& compute,
+                    const std::string& epilogue) {
+  const Layout l = parse_layout(layout);
+  MultiplyArgs a{};
+  a.epilogue = parse_epilogue(epilogue), a.compute = parse_compute(compute), a.dtype = float_dtype(x, "x");
+  const bool gated = a.epilogue >= Epilogue::silu_mul;
+  const bool two = a.epilogue == Epilogue::add || a.epilogue == Epilogue::mul;
+  const Rows rows = rows_of(x, "x");
+  const Geometry g = geometry(l, rows.K);
+  a.width = out_features, a.N = gated ? (out_features + 15) / 16 * 32 : out_features;
+  STD_TORCH_CHECK(out_features >= 0, "out_features is ", out_features, "; valid: at least 0");
+  check_dtype(weight, ScalarType::Byte, "weight");
+  check_shape(weight, {(a.N + kTileN - 1) / kTileN, g.tiles, g.tile_bytes}, "weight");
+  const Tensor w = dense(weight);
+  a.weight = {(const uint8_t*)w.const_data_ptr(),
+              w.size(0),
+              g.tiles,
+              g.tile_bytes,
+              g.code_bytes,
+              g.scale_bytes,
+              g.segment,
+              l.bits,
+              l.zero,
+              l.asymmetric,
+              l.scale};
+  OptionalTensor b, o;
+  if (bias) {
+    a.bias_dtype = float_dtype(*bias, "bias");
+    check_shape(*bias, {a.N}, "bias");
+    b = dense(*bias), a.bias = b->const_data_ptr();
+  }
+  STD_TORCH_CHECK(other.has_value() == two, "other ", other ? "given" : "missing", " for epilogue '", epilogue, "'");
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = out_features;
+  if (other) {
+    check_dtype(*other, x.scalar_type(), "other");
+    bool same = other->dim() == x.dim();
+    for (int64_t i = 0; same && i < x.dim(); i++) same = other->size(i) == sizes[i];
+    STD_TORCH_CHECK(same, "other has shape ", shape_text(*other), "; expected that of the output, width ",
+                    out_features);
+    o = dense(*other), a.other = o->const_data_ptr();
+  }
+  Tensor out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+  if (!rows.M || !out_features) return out;
+  a.out = out.mutable_data_ptr();
+  PrepareArgs p{rows.data, a.dtype, rows.stride, rows.K, g.group, g.padded_group, a.compute, false, {}};
+  if (a.compute == Compute::bf16 && !tier().linear.bf16_products)
+    p.compute = a.compute = Compute::f32, p.round_to_bf16 = true;
+  const int64_t element = a.compute == Compute::int8 ? 1 : a.compute == Compute::bf16 ? 2 : 4;
+  run(p, a, rows.M, {g.tiles * kTileK * element, g.tiles * g.segments()});
+  return out;
+}
+
+}  // namespace
+}  // namespace llmrt
+
+LLMRT_CPU_KERNELS(linear) { library.impl("quant_linear", TORCH_BOX(&llmrt::quant_linear)); }

@@ -1,0 +1,87 @@
+"""Writing new tokens into a key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .check import check, check_dtype, check_floating, check_shape
+from .operator import Sample, operator
+
+
+def check_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, position: int, every: int) -> None:
+    """Raise RuntimeError unless the arguments of kv_append fit together."""
+    check_floating(key_cache, "key_cache")
+    for x, name in ((value_cache, "value_cache"), (key, "key"), (value, "value")):
+        check_dtype(x, key_cache.dtype, name)
+    check_shape(key_cache, (-1, -1, -1, -1), "key_cache")
+    rows, heads, capacity, width = key_cache.shape
+    check_shape(value_cache, (rows, heads, capacity, -1), "value_cache")
+    check_shape(key, (-1, -1, heads, width), "key")
+    check_shape(value, (key.shape[0], key.shape[1], heads, value_cache.shape[3]), "value")
+    check(key.shape[0] <= rows, f"key has {key.shape[0]} rows; key_cache holds {rows}")
+    check(every >= 1, f"every is {every}; expected at least 1")
+    check(
+        position >= 0 and position + key.shape[1] <= capacity,
+        f"position {position} and {key.shape[1]} tokens do not fit into the cache's capacity of {capacity} tokens",
+    )
+
+
+@operator(mutates=("key_cache", "value_cache"))
+def kv_append(
+    key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, position: int, every: int = 1
+) -> None:
+    """Write S tokens per row to a cache: ``cache[b, :, position + s] = new[b, s]`` for every row b with b % every == 0.
+
+    With `every` = number of beams the prompt of a beam search is stored once per sample, in the sample's first row.
+
+    Args:
+        key_cache: [R, Hk, C, D] float32, bfloat16 or float16, R at least B; the last dimension contiguous. Written to.
+        value_cache: [R, Hk, C, Dv], the dtype of key_cache; the last dimension contiguous. Written to.
+        key: [B, S, Hk, D], the dtype of key_cache; the last dimension contiguous, other strides free.
+        value: [B, S, Hk, Dv], likewise.
+        position: index of the first token written, 0 to C - S.
+        every: distance between the rows that are written, 1 = all.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit together, the tokens do not fit into the cache, or every is below 1.
+    """
+    check_append(key_cache, value_cache, key, value, position, every)
+    rows, tokens = slice(0, key.shape[0], every), slice(position, position + key.shape[1])
+    key_cache[rows, :, tokens] = key[::every].transpose(1, 2)
+    value_cache[rows, :, tokens] = value[::every].transpose(1, 2)
+
+
+@kv_append.fake
+def _(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, position: int, every: int = 1) -> None:
+    check_floating(key_cache, "key_cache")
+    for x, name in ((value_cache, "value_cache"), (key, "key"), (value, "value")):
+        check_dtype(x, key_cache.dtype, name)
+        check_shape(x, (-1, -1, -1, -1), name)
+
+
+@kv_append.samples
+def _(dtype: torch.dtype) -> Iterator[Sample]:
+    def caches(rows: int, heads: int, capacity: int, width: int, value_width: int) -> tuple[Tensor, Tensor]:
+        nan = float("nan")
+        shape = (rows, heads, capacity)
+        return torch.full((*shape, width), nan, dtype=dtype), torch.full((*shape, value_width), nan, dtype=dtype)
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype)
+
+    yield Sample("prompt", (*caches(2, 3, 9, 16, 16), new(2, 5, 3, 16), new(2, 5, 3, 16), 0))
+    yield Sample("one token", (*caches(3, 2, 7, 5, 9), new(3, 1, 2, 5), new(3, 1, 2, 9), 6))
+    yield Sample("every 3", (*caches(6, 2, 8, 8, 8), new(6, 4, 2, 8), new(6, 4, 2, 8), 2, 3))
+    yield Sample("more cache rows", (*caches(5, 1, 4, 8, 8), new(2, 2, 1, 8), new(2, 2, 1, 8), 1))
+    yield Sample("no token", (*caches(1, 2, 3, 4, 4), new(1, 0, 2, 4), new(1, 0, 2, 4), 3))
+    yield Sample("no row", (*caches(2, 2, 3, 4, 4), new(0, 2, 2, 4), new(0, 2, 2, 4), 0))
+    heads_first = (new(2, 3, 6, 8).transpose(1, 2), new(2, 3, 6, 10)[..., :8].transpose(1, 2))
+    yield Sample("strided new tokens", (*caches(2, 3, 12, 8, 8), *heads_first, 4))
+    fused = new(2, 4, 6, 8)
+    yield Sample("parts of one projection", (*caches(2, 2, 6, 8, 8), fused[:, :, 2:4], fused[:, :, 4:], 1))
+    wide_caches = tuple(c.transpose(1, 2)[:, 1:, :, :6] for c in caches(2, 8, 3, 7, 9))
+    yield Sample("strided caches", (*wide_caches, new(2, 3, 2, 6), new(2, 3, 2, 6), 0))
+    yield Sample("long prompt", (*caches(1, 4, 300, 64, 64), new(1, 290, 4, 64), new(1, 290, 4, 64), 7))

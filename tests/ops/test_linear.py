@@ -1,0 +1,118 @@
+"""Packed weights and quant_linear beyond the samples: exactness, sharing between tiers, threads, bad input."""
+
+import pytest
+import torch
+
+from llmrt import ops
+from llmrt.ops import Layout
+from llmrt.ops.linear import LAYOUTS
+
+
+def packed(n: int, k: int, layout: Layout) -> torch.Tensor:
+    return ops.pack_weight(*ops.quantize(torch.randn(n, k) / k**0.5, layout), str(layout), k)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_unpacking_gives_back_the_bits(layout: Layout, isa: str) -> None:
+    for n, k in ((70, 333), (33, 1), (1, 128)):
+        canonical = ops.quantize(torch.randn(n, k), layout)
+        again = ops.unpack_weight(ops.pack_weight(*canonical, str(layout), k), str(layout), n, k)
+        assert torch.equal(again[0], canonical[0]) and torch.equal(again[1], canonical[1])
+        assert again[2].numel() == 0 if canonical[2] is None else torch.equal(again[2], canonical[2])
+
+
+@pytest.mark.parametrize("zero", [0, 15, 16, 255])
+def test_every_zero_point_is_exact(zero: int, isa: str) -> None:
+    """GPTQ's stored zero of 15 means 16, one more than a code can be."""
+    layout = Layout("int4", True, 32, torch.float32)
+    codes, scales, zeros = ops.quantize(torch.randn(5, 96), layout)
+    weight = ops.pack_weight(codes, scales, torch.full_like(zeros, zero), str(layout), 96)
+    x = torch.randn(3, 96)
+    expected = x.double() @ ops.dequantize(codes, scales.double(), torch.full_like(zeros, zero), layout, 96).T
+    actual = ops.quant_linear(x, weight, None, None, str(layout), 5, "fp32")
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("compute", ["int8", "bf16", "fp32"])
+def test_thread_count_does_not_change_the_bits(compute: str, isa: str) -> None:
+    layout, threads = Layout(), torch.get_num_threads()
+    weight, x = packed(200, 256, layout), torch.randn(70, 256)
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(ops.quant_linear(x, weight, None, None, str(layout), 200, compute))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("compute", ["int8", "bf16", "fp32"])
+def test_nan_and_inf_reach_the_output(compute: str, isa: str) -> None:
+    layout = Layout()
+    weight, x = packed(40, 256, layout), torch.randn(3, 256)
+    x[0, 5], x[2, 200] = float("nan"), float("inf")
+    y = ops.quant_linear(x, weight, None, None, str(layout), 40, compute)
+    assert not y[0].isfinite().any() and y[1].isfinite().all() and not y[2].isfinite().all()
+
+
+def call(**change: object) -> torch.Tensor:
+    arguments: dict[str, object] = {
+        "x": torch.randn(2, 128),
+        "weight": packed(48, 128, Layout()),
+        "bias": None,
+        "other": None,
+        "layout": str(Layout()),
+        "out_features": 48,
+        "compute": "int8",
+        "epilogue": "none",
+    }
+    return ops.quant_linear(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 128, dtype=torch.int64)}, "x has dtype int64; valid: float32, bfloat16, float16"),
+        ({"x": torch.tensor(1.0)}, "x is a scalar"),
+        ({"x": torch.randn(2, 300)}, r"weight has shape \[2, 1, 2112\]; expected \[2, 3, 2112\]"),
+        ({"weight": torch.zeros(2, 1, 2112)}, "weight has dtype float32; expected uint8"),
+        ({"out_features": 70}, r"weight has shape \[2, 1, 2112\]; expected \[3, 1, 2112\]"),
+        ({"bias": torch.randn(47)}, r"bias has shape \[47\]; expected \[48\]"),
+        ({"bias": torch.ones(48, dtype=torch.int32)}, "bias has dtype int32"),
+        ({"layout": "int4_sym_g128"}, "layout is 'int4_sym_g128'; expected the form"),
+        ({"layout": "int4_asym_g128_bf16"}, r"weight has shape"),
+        ({"compute": "int7"}, "compute is 'int7'; valid: int8, bf16, fp16, fp32"),
+        ({"epilogue": "swish"}, "epilogue is 'swish'; valid: none, relu"),
+        ({"epilogue": "add"}, "other missing for epilogue 'add'"),
+        ({"other": torch.randn(2, 48)}, "other given for epilogue 'none'"),
+        ({"epilogue": "mul", "other": torch.randn(2, 47)}, r"other has shape \[2, 47\]"),
+        ({"epilogue": "mul", "other": torch.randn(2, 48).half()}, "other has dtype float16; expected"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, object], message: str, isa: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call(**change)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scale_that_is_not_finite_is_refused(value: float, dtype: torch.dtype, isa: str) -> None:
+    layout = Layout("int4", False, 32, dtype)
+    codes, scales, _ = ops.quantize(torch.randn(4, 64), layout)
+    scales[2, 1] = value
+    with pytest.raises(RuntimeError, match="scales has NaN or infinite values"):
+        ops.pack_weight(codes, scales, None, str(layout), 64)
+
+
+def test_packing_names_what_does_not_fit(isa: str) -> None:
+    layout = Layout("int4", True, 32)
+    codes, scales, zeros = ops.quantize(torch.randn(4, 64), layout)
+    with pytest.raises(RuntimeError, match=r"codes has shape \[4, 32\]; expected \[any, 48\]"):
+        ops.pack_weight(codes, scales, zeros, str(layout), 96)
+    with pytest.raises(RuntimeError, match="zeros missing for layout int4_asym_g32_bf16"):
+        ops.pack_weight(codes, scales, None, str(layout), 64)
+    with pytest.raises(RuntimeError, match="scales has dtype float32; expected bfloat16"):
+        ops.pack_weight(codes, scales.float(), zeros, str(layout), 64)
+    with pytest.raises(RuntimeError, match=r"packed has shape \[1, 1, 2432\]; expected"):
+        ops.unpack_weight(ops.pack_weight(codes, scales, zeros, str(layout), 64), str(layout), 40, 64)

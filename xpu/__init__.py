@@ -1,0 +1,1 @@
+"""XPU kernels of the operators (SYCL and Triton): empty until they land; `ops` runs its references on other devices."""
