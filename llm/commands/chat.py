@@ -52,14 +52,14 @@ def chat(
 
 def _loop(loaded: Loaded, session: ChatSession, max_new_tokens: int, timings: bool) -> None:
     while (message := _read()) is not None:
-        if message == "/exit":
+        if message.strip() == "/exit":
             return
-        if message == "/reset":
+        if message.strip() == "/reset":
             session.reset()
             o.note("conversation forgotten")
         elif message.startswith("/"):
             o.note(f"{message}: no such command; there are /reset and /exit")
-        elif message:
+        elif message.strip():
             _answer(loaded, session, message, max_new_tokens, timings)
 
 
@@ -71,7 +71,7 @@ def _read() -> str | None:
         line = sys.stdin.readline()
     except KeyboardInterrupt:
         return None
-    return line.strip() if line else None
+    return line.rstrip("\r\n") if line else None
 
 
 def _answer(loaded: Loaded, session: ChatSession, message: str, max_new_tokens: int, timings: bool) -> None:

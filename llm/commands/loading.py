@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from ..demo import demo_model_path
 from .options import DEMO, fail
 
@@ -72,44 +74,44 @@ def _local_directory(name: str) -> str | None:
 
 
 @contextmanager
-def _short_errors(name: str, local: bool) -> Iterator[None]:
-    """Turn what transformers raises for files that are missing, broken or unreachable into one line."""
+def _short_errors(prefix: str) -> Iterator[None]:
+    """Turn what transformers or `optimize` raise for a model that cannot be used into one line."""
     try:
         yield
+    except typer.Exit:  # a RuntimeError too
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        where = "cannot be loaded" if local else "is no directory here, and loading it from the Hugging Face hub failed"
-        fail(f"{name} {where}: {first}")
+        fail(f"{prefix}: {first}")
 
 
-def load(
-    name: str,
-    dtype: torch.dtype | None = None,
-    quantization: WeightOnlyQuantConfig | None = None,
-    optimize: bool = True,
-) -> Loaded:
+def load(name: str, dtype: torch.dtype | None = None, quantization: WeightOnlyQuantConfig | None = None) -> Loaded:
     """Return the optimized model of a local directory or a name on the hub.
 
     Args:
         name: "demo", a directory (never looked up on the hub), or else a name on the Hugging Face hub.
         dtype: of everything that is not quantized; None: as the checkpoint says.
         quantization: quantize the weights; None: leave them as stored.
-        optimize: False gives the model as transformers loads it.
     """
     directory = _local_directory(name)
     start = time.perf_counter()
     import transformers
 
-    from ..optimize import optimize as run_optimize
+    from ..optimize import optimize
 
     transformers.utils.logging.disable_progress_bar()
     source, local = directory or name, directory is not None
-    with _short_errors(name, local):
+    with _short_errors(
+        f"{name} cannot be loaded" if local else f"{name} is no directory here, and the Hugging Face hub failed"
+    ):
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
+        if getattr(config, "quantization_config", None) is not None and quantization is not None:
+            fail(f"{name} is quantized already; leave out --weight-dtype, or give the floating-point model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype or "auto", local_files_only=local
         ).eval()
-        if optimize:
-            model = run_optimize(model, dtype=model.dtype, inplace=True, quantization_config=quantization)
+    with _short_errors(f"{name} cannot be optimized"):
+        if getattr(model, "optimization_report", None) is None:  # a directory that llmrt wrote loads optimized
+            model = optimize(model, dtype=model.dtype, inplace=True, quantization_config=quantization)
     return Loaded(model, tokenizer, time.perf_counter() - start)
