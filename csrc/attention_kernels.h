@@ -1,11 +1,13 @@
+// The attention kernels of a tier.
 #pragma once
-#include "attention.h"
-#include "vec.h"
+#include "attention_decode_kernels.h"
+#include "attention_prefill_kernels.h"
 
 namespace llmrt {
 namespace {
 
-constexpr AttentionKernels attention_kernels = {};
+constexpr AttentionKernels attention_kernels = {decode_scratch, decode,       prefill_scratch, prefill,
+                                                state_floats,   merge_states, rows_in_range};
 
 }  // namespace
 }  // namespace llmrt

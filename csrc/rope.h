@@ -1,3 +1,4 @@
+// Rotary position embedding: arguments of the kernels. Strides count elements.
 #pragma once
 #include <stdint.h>
 
@@ -5,6 +6,31 @@
 
 namespace llmrt {
 
-struct RopeKernels {};
+struct RopeHeads {
+  const void* in;  // [B, S, heads, D], elements of a head contiguous
+  void* out;       // [B, S, heads, D] contiguous
+  int64_t heads, stride_b, stride_s, stride_h;
+};
+
+// Rows of cos or sin: [B, S, columns], or with positions [P, columns] and stride_s between rows.
+struct RopeTable {
+  const void* data;
+  int64_t stride_b, stride_s;
+};
+
+struct RopeArgs {
+  RopeHeads query, key;
+  RopeTable cos, sin;
+  const int64_t* positions;  // [B, S], or null
+  int64_t positions_b, positions_s;
+  int64_t S, D, half;  // half the number of rotated elements
+  DType table_dtype;
+};
+
+// Tokens count b * S + s. One kernel per dtype of query and key, in the order of DType.
+struct RopeKernels {
+  void (*halves[3])(const RopeArgs&, int64_t token0, int64_t token1);
+  void (*interleaved[3])(const RopeArgs&, int64_t token0, int64_t token1);
+};
 
 }  // namespace llmrt

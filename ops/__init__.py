@@ -2,21 +2,29 @@
 
 from .attention import attention
 from .formats import FORMATS, Layout, dequantize, interleave_gate_up, quantize
+from .gated import gelu_mul, silu_mul
 from .linear import pack_weight, quant_linear, unpack_weight
-from .norm import rms_norm
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .operator import OPERATORS, Operator
+from .rope import rope
 
 __all__ = [
     "FORMATS",
-    "OPERATORS",
     "Layout",
+    "OPERATORS",
     "Operator",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "dequantize",
+    "gelu_mul",
     "interleave_gate_up",
+    "layer_norm",
     "pack_weight",
     "quant_linear",
     "quantize",
     "rms_norm",
+    "rope",
+    "silu_mul",
     "unpack_weight",
 ]

@@ -44,8 +44,13 @@ class Sample:
         return self.map(lambda t: t.double() if t.is_floating_point() else t)
 
     def clone(self) -> Sample:
-        """Return the sample with its tensors copied: operators that mutate get a fresh one."""
-        return self.map(torch.clone)
+        """Return the sample with its tensors copied, strides included: operators that mutate get a fresh one."""
+
+        def copy(t: torch.Tensor) -> torch.Tensor:
+            storage = t.untyped_storage().clone()  # torch.clone would make a view with gaps contiguous
+            return torch.empty(0, dtype=t.dtype).set_(storage, t.storage_offset(), t.shape, t.stride())
+
+        return self.map(copy)
 
 
 class Operator(Generic[P, R]):

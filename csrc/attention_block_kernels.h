@@ -1,0 +1,275 @@
+// What the decode and the prefill kernel share: which tokens a block holds, the online softmax over a block of scores,
+// and the result of a query row.
+#pragma once
+#include "attention.h"
+#include "vec.h"
+
+namespace llmrt {
+namespace {
+
+constexpr int64_t kBlockTokens = 128;  // upper bound of the blocks of both kernels
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kNothing = -__builtin_inff();
+
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Hands out 64-byte aligned pieces of a buffer; over a null base it only measures.
+struct Pieces {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = (T*)(base + used);
+    used += round_up(count * (int64_t)sizeof(T), 64);
+    return piece;
+  }
+};
+
+#if defined(__AVX512F__)
+inline F32 where_true(const uint8_t* mask, int64_t count, F32 x, F32 otherwise) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(first(count), mask);
+  return {_mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), otherwise.v, x.v)};
+}
+inline F32 iota() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
+inline F32 exponent_bits(F32 x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))}; }
+#else
+inline F32 where_true(const uint8_t* mask, int64_t count, F32 x, F32 otherwise) {
+  uint64_t bytes = 0;
+  memcpy(&bytes, mask, count);
+  const __m256i hidden =
+      _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)), _mm256_setzero_si256());
+  return {_mm256_blendv_ps(x.v, otherwise.v, _mm256_castsi256_ps(hidden))};
+}
+inline F32 iota() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+inline F32 exponent_bits(F32 x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))}; }
+#endif
+
+// 2^x for x <= 0, relative error 1e-7; exactly 0 below -126.5 (no subnormals) and for -inf; NaN stays NaN. The minimax
+// polynomial is of 2^r on [-1/2, 1/2] with 2^0 = 1 exactly. Adding 1.5 * 2^23 rounds to an integer in the low bits.
+inline F32 exp2_nonpositive(F32 x) {
+  x = max(F32::set1(-127.f), x);
+  const F32 magic = F32::set1(12582912.f + 127.f);
+  const F32 biased = x + magic;
+  const F32 r = x - (biased - magic);
+  F32 p = F32::set1(0x1.5bba14p-10f);
+  p = fma(p, r, F32::set1(0x1.3cea88p-7f));
+  p = fma(p, r, F32::set1(0x1.c6b752p-5f));
+  p = fma(p, r, F32::set1(0x1.ebf9bcp-3f));
+  p = fma(p, r, F32::set1(0x1.62e42ap-1f));
+  p = fma(p, r, F32::set1(1.f));
+  return p * exponent_bits(biased);
+}
+inline float exp2_nonpositive(float x) {
+  float lane[F32::lanes];
+  store(lane, exp2_nonpositive(F32::set1(x)));
+  return lane[0];
+}
+
+// One folded query row: the tokens that causality and the window leave it, its mask row and where its result goes.
+struct QueryRow {
+  int64_t first, end, position, batch, token, head;
+  const char* mask;
+  float slope;
+};
+
+inline QueryRow query_row(const AttentionArgs& a, const AttentionTask& t, int64_t row) {
+  QueryRow q;
+  q.batch = t.sample * a.beams + row / (a.S * a.G), q.token = row / a.G % a.S, q.head = t.kv_head * a.G + row % a.G;
+  q.position = a.length - a.S + q.token;
+  q.first = a.window > 0 ? larger(0, q.position - a.window + 1) : 0;
+  q.end = a.causal ? q.position + 1 : a.length;
+  const int64_t element = a.mask_kind == MaskKind::boolean ? 1 : size_of(a.mask_dtype);
+  q.mask = (const char*)a.mask + (q.batch * a.mask_b + q.head * a.mask_h + q.token * a.mask_s) * element;
+  q.slope = a.slopes ? a.slopes[q.head] : 0.f;
+  return q;
+}
+inline const char* query_of(const AttentionArgs& a, const QueryRow& q) {
+  return (const char*)a.query + (q.batch * a.query_b + q.token * a.query_s + q.head * a.query_h) * size_of(a.dtype);
+}
+
+// The tokens that some row of a task may see, as far as causality and the window say.
+inline void visible_range(const AttentionTask& t, const QueryRow& oldest, const QueryRow& newest, int64_t& first,
+                          int64_t& end) {
+  first = larger(t.token0, oldest.first), end = smaller(t.token1, newest.end);
+}
+
+// Marks the tokens [t0, t0 + count) that the mask hides from none or not all of the query tokens [s0, s1) of logical
+// row b, in every head of the unit; ors into seen.
+inline void mark_seen(const AttentionArgs& a, int64_t b, int64_t s0, int64_t s1, int64_t kv_head, int64_t t0,
+                      int64_t count, uint8_t* seen) {
+  const int64_t heads = a.mask_h ? a.G : 1;
+  if (!a.mask_s) s1 = smaller(s1, s0 + 1);
+  for (int64_t s = s0; s < s1; s++)
+    for (int64_t g = 0; g < heads; g++) {
+      const int64_t at = b * a.mask_b + (kv_head * a.G + g) * a.mask_h + s * a.mask_s + t0;
+      if (a.mask_kind == MaskKind::boolean) {
+        const uint8_t* m = (const uint8_t*)a.mask + at;
+        for (int64_t j = 0; j < count; j++) seen[j] |= m[j];
+      } else if (a.mask_dtype == DType::f32) {
+        const uint32_t* m = (const uint32_t*)a.mask + at;
+        for (int64_t j = 0; j < count; j++) seen[j] |= m[j] != 0xff800000u;
+      } else {
+        const uint16_t *m = (const uint16_t*)a.mask + at, hidden = a.mask_dtype == DType::bf16 ? 0xff80 : 0xfc00;
+        for (int64_t j = 0; j < count; j++) seen[j] |= m[j] != hidden;
+      }
+    }
+}
+inline bool any_seen(const uint8_t* seen, int64_t count) {
+  uint8_t any = 0;
+  for (int64_t j = 0; j < count; j++) any |= seen[j];
+  return any;
+}
+
+// Where the keys and values of a block lie. Tokens that nobody sees and those past the end point at zeros: what the
+// cache holds there (NaN, perhaps) reaches nothing.
+struct BlockTokens {
+  const char *key[kBlockTokens], *value[kBlockTokens];
+};
+inline void find_tokens(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t t0, int64_t count, int64_t padded,
+                        const uint8_t* seen, const char* zeros, BlockTokens& at) {
+  const int64_t element = size_of(a.dtype);
+  const char* key = (const char*)a.key + (kv_head * a.key_h + t0 * a.key_t) * element;
+  const char* value = (const char*)a.value + (kv_head * a.value_h + t0 * a.value_t) * element;
+  const int64_t key_t = a.key_t * element, value_t = a.value_t * element;
+  const int64_t key_r = a.key_r * element, value_r = a.value_r * element;
+  if (a.rows) {
+    const int32_t* row = a.rows + b * a.rows_b + t0;
+    for (int64_t j = 0; j < count; j++) {
+      at.key[j] = key + row[j] * key_r + j * key_t;
+      at.value[j] = value + row[j] * value_r + j * value_t;
+    }
+  } else {
+    for (int64_t j = 0; j < count; j++) {
+      at.key[j] = key + b * key_r + j * key_t;
+      at.value[j] = value + b * value_r + j * value_t;
+    }
+  }
+  if (seen)
+    for (int64_t j = 0; j < count; j++)
+      if (!seen[j]) at.key[j] = at.value[j] = zeros;
+  for (int64_t j = count; j < padded; j++) at.key[j] = at.value[j] = zeros;
+}
+
+// Running softmax of rows: highest score so far (in units of log 2), sum of weights, unnormalized output.
+struct RowStates {
+  float *highest, *total, *out;  // [n], [n], [n, ld]
+  int64_t ld;
+  void clear(int64_t n) const {
+    for (int64_t i = 0; i < n; i++) highest[i] = kNothing, total[i] = 0.f;
+    memset(out, 0, n * ld * sizeof(float));
+  }
+};
+inline RowStates row_states(Pieces& pieces, int64_t rows, int64_t ld) {
+  return {pieces.take<float>(rows), pieces.take<float>(rows), pieces.take<float>(rows * ld), ld};
+}
+inline int64_t state_ld(const AttentionArgs& a) { return round_up(a.Dv, 2 * F32::lanes); }
+inline int64_t state_floats(const AttentionArgs& a, int64_t rows) {
+  Pieces pieces{nullptr};
+  row_states(pieces, rows, state_ld(a));
+  return pieces.used / 4;
+}
+
+// Turns the dot products x[0, count) of a row and the tokens from t0 on into scores; only where options ask for more
+// than a scale, which the exponential applies.
+inline void finish_scores(const AttentionArgs& a, const QueryRow& q, int64_t t0, int64_t count, float* x) {
+  const F32 scale = F32::set1(a.scale), cap = F32::set1(a.softcap), slope = F32::set1(q.slope);
+  for (int64_t j = 0; j < count; j += F32::lanes) {
+    const int64_t n = smaller(F32::lanes, count - j);
+    F32 v = load(x + j) * scale;
+    if (a.softcap > 0.f) v = cap * tanh(v / cap);
+    if (a.slopes) v = fma(slope, iota() + F32::set1((float)(t0 + j - q.position)), v);
+    if (a.mask_kind == MaskKind::floating) v = v + load(q.mask, a.mask_dtype, t0 + j, n);
+    if (a.mask_kind == MaskKind::boolean) v = where_true((const uint8_t*)q.mask + t0 + j, n, v, F32::set1(kNothing));
+    store(x + j, v);
+  }
+}
+inline bool plain_scores(const AttentionArgs& a) {
+  return a.scale > 0.f && a.softcap <= 0.f && !a.slopes && a.mask_kind == MaskKind::none;
+}
+
+// One step of the online softmax (Milakov and Gimelshein 2018) for up to F32::lanes rows: scores of row i, its dot
+// products at x + i * ldx for the tokens t0..t0+count-1 (padded to a multiple of F32::lanes), become weights at
+// weights + i * ldx (which may be x); factor[i] is what the row's output so far must be multiplied by.
+template <class Weight>
+inline void softmax_step(const AttentionArgs& a, const QueryRow* const* q, int64_t n, int64_t t0, int64_t count,
+                         float* x, int64_t ldx, float* const* highest, float* const* total, float* factor,
+                         Weight* weights) {
+  const bool plain = plain_scores(a);
+  const float unit = plain ? a.scale * kLog2E : kLog2E;
+  const int64_t padded = round_up(count, F32::lanes);
+  float shift[F32::lanes] = {};
+  for (int64_t i = 0; i < n; i++) {
+    float* row = x + i * ldx;
+    if (!plain) finish_scores(a, *q[i], t0, count, row);
+    const int64_t begin = larger(0, q[i]->first - t0), end = larger(0, smaller(count, q[i]->end - t0));
+    for (int64_t j = 0; j < smaller(begin, padded); j++) row[j] = kNothing;
+    for (int64_t j = end; j < padded; j++) row[j] = kNothing;
+    F32 most = load(row);
+    for (int64_t j = F32::lanes; j < padded; j += F32::lanes) most = max(most, load(row + j));
+    const float before = *highest[i], block = max_of(most) * unit, now = before > block ? before : block;
+    *highest[i] = now;
+    shift[i] = now == kNothing ? 0.f : now;
+    factor[i] = now == kNothing ? 0.f : before - now;
+  }
+  store(factor, exp2_nonpositive(load(factor, n)), n);
+  for (int64_t i = 0; i < n; i++) {
+    const float* row = x + i * ldx;
+    Weight* out = weights + i * ldx;
+    F32 sum_of_weights = F32::zero();
+    for (int64_t j = 0; j < padded; j += F32::lanes) {
+      const F32 w = exp2_nonpositive(fma(load(row + j), F32::set1(unit), F32::set1(-shift[i])));
+      sum_of_weights = sum_of_weights + w;
+      store(out + j, w);
+    }
+    *total[i] = *total[i] * factor[i] + sum(sum_of_weights);
+  }
+}
+
+// Divides a finished row by its sum of weights (the sink's included) and writes it out.
+inline void write_row(const AttentionArgs& a, const QueryRow& q, const RowStates& state, int64_t i) {
+  float highest = state.highest[i], total = state.total[i], factor = 1.f;
+  if (a.sinks) {
+    const float sink = sum(load(a.sinks, a.sinks_dtype, q.head, 1)) * kLog2E;
+    const float now = highest > sink ? highest : sink;
+    if (now != kNothing)
+      factor = exp2_nonpositive(highest - now), total = total * factor + exp2_nonpositive(sink - now);
+  }
+  const F32 by = F32::set1(total == 0.f ? 0.f : factor / total);
+  const float* from = state.out + i * state.ld;
+  const int64_t element = size_of(a.dtype);
+  char* to = (char*)a.out + ((q.batch * a.S + q.token) * a.H + q.head) * a.Dv * element;
+  for (int64_t d = 0; d < a.Dv; d += F32::lanes)
+    store(to, a.dtype, d, load(from + d) * by, smaller(F32::lanes, a.Dv - d));
+}
+
+inline void merge_states(const AttentionArgs& a, const AttentionTask& t, int64_t splits, int64_t stride) {
+  const int64_t n = t.row1 - t.row0;
+  for (int64_t i = 0; i < n; i++) {
+    Pieces pieces{(char*)t.state};
+    const RowStates into = row_states(pieces, n, state_ld(a));
+    for (int64_t p = 1; p < splits; p++) {
+      Pieces other{(char*)(t.state + p * stride)};
+      const RowStates from = row_states(other, n, state_ld(a));
+      const float x = into.highest[i], y = from.highest[i], now = x > y ? x : y;
+      if (now == kNothing) continue;
+      const float fx = exp2_nonpositive(x - now), fy = exp2_nonpositive(y - now);
+      into.highest[i] = now, into.total[i] = into.total[i] * fx + from.total[i] * fy;
+      float* sum_row = into.out + i * into.ld;
+      const float* row = from.out + i * from.ld;
+      for (int64_t d = 0; d < into.ld; d += F32::lanes)
+        store(sum_row + d, fma(load(row + d), F32::set1(fy), load(sum_row + d) * F32::set1(fx)));
+    }
+    write_row(a, query_row(a, t, t.row0 + i), into, i);
+  }
+}
+
+inline bool rows_in_range(const int32_t* rows, int64_t count, int64_t limit) {
+  uint32_t most = 0;  // a negative entry is larger than any limit
+  for (int64_t i = 0; i < count; i++) most = (uint32_t)rows[i] > most ? (uint32_t)rows[i] : most;
+  return count == 0 || most < limit;
+}
+
+}  // namespace
+}  // namespace llmrt

@@ -1,0 +1,276 @@
+// Attention of a few query rows: dot products straight over the rows of the cache, each key and value read once from
+// memory for all query heads, query tokens and beams that use it.
+#pragma once
+#include "attention_block_kernels.h"
+
+namespace llmrt {
+namespace {
+
+constexpr int64_t kDecodeTokens = 64;  // one maximum per block; its scores and weights stay in the first cache level
+constexpr int kDecodeRows = 8;         // most query rows that share one pass over a key
+constexpr int kDecodeAccumulators = F32::lanes == 16 ? 16 : 8;  // half of the vector registers
+
+// Lane i of the result is the sum of v[i].
+#if defined(__AVX512F__)
+inline F32 lane_sums(const F32 (&v)[16]) {
+  __m512 w[4];
+  for (int i = 0; i < 4; i++) {
+    const __m512* p = &v[4 * i].v;
+    const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(p[0], p[1]), _mm512_unpackhi_ps(p[0], p[1]));
+    const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(p[2], p[3]), _mm512_unpackhi_ps(p[2], p[3]));
+    w[i] = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+  }
+  const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
+  const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(w[2], w[3], 0x88), _mm512_shuffle_f32x4(w[2], w[3], 0xdd));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd))};
+}
+#else
+inline F32 lane_sums(const F32 (&v)[8]) {
+  __m256 w[2];
+  for (int i = 0; i < 2; i++) {
+    const __m256* p = &v[4 * i].v;
+    const __m256 x = _mm256_add_ps(_mm256_unpacklo_ps(p[0], p[1]), _mm256_unpackhi_ps(p[0], p[1]));
+    const __m256 y = _mm256_add_ps(_mm256_unpacklo_ps(p[2], p[3]), _mm256_unpackhi_ps(p[2], p[3]));
+    w[i] = _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xee));
+  }
+  return {_mm256_add_ps(_mm256_permute2f128_ps(w[0], w[1], 0x20), _mm256_permute2f128_ps(w[0], w[1], 0x31))};
+}
+#endif
+
+// How keys of one type are multiplied with queries: a vector of each, and the products added to float32 sums.
+template <class Key>
+struct WideningDot {
+  using Query = float;
+  static constexpr int64_t width = F32::lanes;
+  static F32 key(const Key* p) { return load(p); }
+  static F32 key(const Key* p, int64_t count) { return load(p, count); }
+  static F32 add(F32 sums, F32 k, const float* query) { return fma(k, load(query), sums); }
+};
+template <class Key>
+struct DecodeDot : WideningDot<Key> {};
+#if defined(__AVX512BF16__)
+template <>
+struct DecodeDot<bf16> {
+  using Query = bf16;
+  static constexpr int64_t width = 32;
+  static __m512i key(const bf16* p) { return _mm512_loadu_si512(p); }
+  static __m512i key(const bf16* p, int64_t count) { return _mm512_maskz_loadu_epi16((1u << count) - 1, p); }
+  static F32 add(F32 sums, __m512i k, const bf16* query) {
+    return {_mm512_dpbf16_ps(sums.v, (__m512bh)k, (__m512bh)_mm512_loadu_si512(query))};
+  }
+};
+#endif
+
+inline void prefetch_row(const char* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+}
+
+// Dot products of R query rows (zero-padded to Dot::width) and `count` keys, to x[r * kDecodeTokens + j]. The keys are
+// taken lanes / R at a time, so that one register of sums comes out. Prefetches the values.
+template <int R, class Key>
+inline void dot_products(const AttentionArgs& a, const typename DecodeDot<Key>::Query* const* query,
+                         const BlockTokens& at, int64_t count, float* x) {
+  using Dot = DecodeDot<Key>;
+  constexpr int keys = F32::lanes / R;
+  const int64_t whole = a.D / Dot::width * Dot::width, rest = a.D - whole;
+  for (int64_t j = 0; j < count; j += keys) {
+    const Key* const* key = (const Key* const*)at.key + j;
+    for (int i = 0; i < keys; i++) prefetch_row(at.value[j + i], a.Dv * (int64_t)sizeof(Key));
+    F32 sums[F32::lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < F32::lanes; i++) sums[i] = F32::zero();
+    for (int64_t d = 0; d < whole; d += Dot::width) {
+#pragma GCC unroll 16
+      for (int i = 0; i < keys; i++) {
+        const auto k = Dot::key(key[i] + d);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) sums[r * keys + i] = Dot::add(sums[r * keys + i], k, query[r] + d);
+      }
+    }
+    if (rest) {
+#pragma GCC unroll 16
+      for (int i = 0; i < keys; i++) {
+        const auto k = Dot::key(key[i] + whole, rest);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) sums[r * keys + i] = Dot::add(sums[r * keys + i], k, query[r] + whole);
+      }
+    }
+    float lane[F32::lanes];
+    store(lane, lane_sums(sums));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) memcpy(x + r * kDecodeTokens + j, lane + r * keys, keys * sizeof(float));
+  }
+}
+
+// out[r] = out[r] * factor[r] + weights[r] * values, for V vectors of the values from element d on, or (Tail) for the
+// last `width` elements. Prefetches the keys that lie `ahead` bytes on: those of the next block, where rows are
+// contiguous.
+template <int R, int V, bool Tail, class Key>
+inline void add_values(const AttentionArgs& a, const float* weights, const BlockTokens& at, int64_t count, int64_t d,
+                       int64_t width, int64_t ahead, const float* factor, float* const* out) {
+  F32 sums[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) sums[r][i] = load(out[r] + d + i * F32::lanes) * F32::set1(factor[r]);
+  for (int64_t j = 0; j < count; j++) {
+    const Key* value = (const Key*)at.value[j] + d;
+    if (d == 0) prefetch_row(at.key[j] + ahead, a.D * (int64_t)sizeof(Key));
+    F32 v[V];
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) v[i] = Tail ? load(value, width) : load(value + i * F32::lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const F32 w = F32::set1(weights[r * kDecodeTokens + j]);
+#pragma GCC unroll 16
+      for (int i = 0; i < V; i++) sums[r][i] = fma(w, v[i], sums[r][i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) store(out[r] + d + i * F32::lanes, sums[r][i]);
+}
+
+struct DecodeScratch {
+  char* query;  // [n + 1, query_ld] float or bf16, zero-padded; row n is zero
+  int64_t query_ld;
+  QueryRow* rows;    // [n]
+  RowStates state;   // [n], unless the task brings its own
+  float* spare;      // takes the output of rows that pad a register tile
+  int32_t* group;    // [n + kDecodeRows] rows that see the same tokens of a block
+  uint8_t* grouped;  // [beams]
+  uint8_t* seen;     // [kDecodeTokens]
+  char* zeros;       // a key or value
+  int64_t bytes;
+  DecodeScratch(const AttentionArgs& a, int64_t n, char* base) {
+    Pieces pieces{base};
+    query_ld = round_up(a.D, 32);
+    query = pieces.take<char>((n + 1) * query_ld * 4);
+    rows = pieces.take<QueryRow>(n);
+    state = row_states(pieces, n, state_ld(a));
+    spare = pieces.take<float>(state_ld(a));
+    group = pieces.take<int32_t>(n + kDecodeRows);
+    grouped = pieces.take<uint8_t>(a.beams);
+    seen = pieces.take<uint8_t>(kDecodeTokens);
+    zeros = pieces.take<char>(larger(a.D, a.Dv) * 4);
+    bytes = pieces.used;
+  }
+};
+
+// One block of tokens for up to R query rows, `group` padded to R with entries of n.
+template <int R, class Key>
+inline void decode_rows(const AttentionArgs& a, const DecodeScratch& scratch, int64_t n, const int32_t* group,
+                        int64_t real, const BlockTokens& at, int64_t t0, int64_t count) {
+  using Query = typename DecodeDot<Key>::Query;
+  const RowStates& state = scratch.state;
+  const Query* query[R];
+  const QueryRow* rows[R];
+  float *highest[R], *total[R], *out[R], factor[F32::lanes] = {};
+  for (int r = 0; r < R; r++) {
+    const int64_t row = group[r];
+    query[r] = (const Query*)scratch.query + row * scratch.query_ld;
+    rows[r] = scratch.rows + row, highest[r] = state.highest + row, total[r] = state.total + row;
+    out[r] = row < n ? state.out + row * state.ld : scratch.spare;
+  }
+  alignas(64) float x[R * kDecodeTokens];
+  dot_products<R, Key>(a, query, at, count, x);
+  softmax_step(a, rows, real, t0, count, x, kDecodeTokens, highest, total, factor, x);
+  constexpr int V = kDecodeAccumulators / R < 8 ? kDecodeAccumulators / R : 8;
+  const int64_t ahead = kDecodeTokens * a.key_t * (int64_t)sizeof(Key);
+  int64_t d = 0;
+  for (; d + V * F32::lanes <= a.Dv; d += V * F32::lanes)
+    add_values<R, V, false, Key>(a, x, at, count, d, 0, ahead, factor, out);
+  for (; d + F32::lanes <= a.Dv; d += F32::lanes)
+    add_values<R, 1, false, Key>(a, x, at, count, d, 0, ahead, factor, out);
+  if (d < a.Dv) add_values<R, 1, true, Key>(a, x, at, count, d, a.Dv - d, ahead, factor, out);
+}
+
+template <class Key>
+inline void decode_group(const AttentionArgs& a, const DecodeScratch& scratch, int64_t n, int64_t size,
+                         const BlockTokens& at, int64_t t0, int64_t count) {
+  int32_t* group = scratch.group;
+  for (int64_t r = size; r < size + kDecodeRows; r++) group[r] = (int32_t)n;
+  for (int64_t i = 0, left; (left = size - i) > 0; i += kDecodeRows) {
+    if (left > 4)
+      decode_rows<8, Key>(a, scratch, n, group + i, smaller(left, 8), at, t0, count);
+    else if (left > 2)
+      decode_rows<4, Key>(a, scratch, n, group + i, left, at, t0, count);
+    else if (left == 2)
+      decode_rows<2, Key>(a, scratch, n, group + i, left, at, t0, count);
+    else
+      decode_rows<1, Key>(a, scratch, n, group + i, left, at, t0, count);
+  }
+}
+
+inline bool same_tokens(const AttentionArgs& a, int64_t b, int64_t other, int64_t t0, int64_t count) {
+  return a.rows && !memcmp(a.rows + b * a.rows_b + t0, a.rows + other * a.rows_b + t0, count * sizeof(int32_t));
+}
+
+// One block of tokens for all rows of a unit. Beams whose tokens lie in the same rows of the cache go together: the
+// prompt, and what they have in common after it, is read once.
+template <class Key>
+inline void decode_block(const AttentionArgs& a, const AttentionTask& t, const DecodeScratch& scratch, int64_t t0,
+                         int64_t count) {
+  const int64_t n = t.row1 - t.row0, per_beam = a.S * a.G;
+  BlockTokens at;
+  memset(scratch.grouped, 0, a.beams);
+  for (int64_t beam = 0; beam < a.beams; beam++) {
+    if (scratch.grouped[beam]) continue;
+    const int64_t b = t.sample * a.beams + beam;
+    int64_t size = 0;
+    if (a.mask_kind != MaskKind::none) memset(scratch.seen, 0, kDecodeTokens);
+    for (int64_t other = beam; other < a.beams; other++) {
+      const int64_t o = t.sample * a.beams + other;
+      if (other > beam && (scratch.grouped[other] || !same_tokens(a, b, o, t0, count))) continue;
+      scratch.grouped[other] = 1;
+      for (int64_t i = 0; i < per_beam; i++) scratch.group[size++] = (int32_t)(other * per_beam + i);
+      if (a.mask_kind != MaskKind::none) mark_seen(a, o, 0, a.S, t.kv_head, t0, count, scratch.seen);
+    }
+    const uint8_t* seen = a.mask_kind != MaskKind::none ? scratch.seen : nullptr;
+    if (seen && !any_seen(seen, count)) continue;
+    find_tokens(a, b, t.kv_head, t0, count, round_up(count, F32::lanes), seen, scratch.zeros, at);
+    decode_group<Key>(a, scratch, n, size, at, t0, count);
+  }
+}
+
+template <class Key>
+inline void decode_typed(const AttentionArgs& a, const AttentionTask& t, char* base) {
+  using Query = typename DecodeDot<Key>::Query;
+  const int64_t n = t.row1 - t.row0;
+  DecodeScratch scratch(a, n, base);
+  if (t.state) {
+    Pieces pieces{(char*)t.state};
+    scratch.state = row_states(pieces, n, state_ld(a));
+  }
+  scratch.state.clear(n);
+  memset(scratch.zeros, 0, larger(a.D, a.Dv) * sizeof(Key));
+  memset(scratch.spare, 0, state_ld(a) * sizeof(float));
+  Query* query = (Query*)scratch.query;
+  memset(query, 0, (n + 1) * scratch.query_ld * sizeof(Query));
+  for (int64_t i = 0; i < n; i++) {
+    scratch.rows[i] = query_row(a, t, t.row0 + i);
+    const Key* from = (const Key*)query_of(a, scratch.rows[i]);
+    for (int64_t d = 0; d < a.D; d += F32::lanes) {
+      const int64_t count = smaller(F32::lanes, a.D - d);
+      store(query + i * scratch.query_ld + d, load(from + d, count), count);
+    }
+  }
+  int64_t first, end;
+  visible_range(t, scratch.rows[0], scratch.rows[n - 1], first, end);
+  for (int64_t t0 = first; t0 < end; t0 += kDecodeTokens)
+    decode_block<Key>(a, t, scratch, t0, smaller(kDecodeTokens, end - t0));
+  if (!t.state)
+    for (int64_t i = 0; i < n; i++) write_row(a, scratch.rows[i], scratch.state, i);
+}
+
+inline int64_t decode_scratch(const AttentionArgs& a, int64_t rows) { return DecodeScratch(a, rows, nullptr).bytes; }
+
+inline void decode(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
+  if (a.dtype == DType::f32) return decode_typed<float>(a, t, scratch);
+  if (a.dtype == DType::bf16) return decode_typed<bf16>(a, t, scratch);
+  decode_typed<f16>(a, t, scratch);
+}
+
+}  // namespace
+}  // namespace llmrt
