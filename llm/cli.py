@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .commands.chat import chat
 from .commands.doctor import doctor
 from .commands.generate import generate
@@ -13,7 +14,7 @@ from .commands.perplexity import perplexity
 from .commands.quantize import quantize
 
 app = typer.Typer(name="llmrt", no_args_is_help=True, pretty_exceptions_show_locals=False)
-for command in (generate, chat, perplexity, quantize, doctor):
+for command in (generate, chat, perplexity, quantize, bench, doctor):
     app.command()(command)
 
 

@@ -44,7 +44,8 @@ def examine(measure: bool = True) -> dict[str, Any]:
         "versions": versions(),
     }
     if measure:
-        result["measured"] = {str(n): measured_peaks(n) for n in sorted({1, torch.get_num_threads()})}
+        most = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+        result["measured"] = {str(n): measured_peaks(n) for n in sorted({1, most})}
     return result
 
 
