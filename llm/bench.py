@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .quantization import WeightOnlyQuantConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
-HEADS = {"int8": "int8", "int4": "int4", "none": False}
+HEADS: dict[str, bool | str] = {"int8": "int8", "int4": "int4", "none": False}
 
 
 @dataclass(frozen=True)

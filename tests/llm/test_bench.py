@@ -6,13 +6,13 @@ import statistics
 import pytest
 import torch
 import typer
-from llmrt.llm.linear import QuantLinear, Scheme
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llmrt.llm import bench as bench_command
 from llmrt.llm import doctor, measure, random_weights
 from llmrt.llm.families.shapes import SHAPES, shape_config, shape_names
+from llmrt.llm.linear import QuantLinear, Scheme
 from llmrt.llm.measure import Timing, Work, Workload
 
 PEAKS = {"read": 1e10, "int8": 1e12, "bf16": 5e11, "fp32": None}
