@@ -6,6 +6,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <new>
+#include <stdexcept>
 #include <string>
 
 #include "tier.h"
@@ -100,10 +102,35 @@ PyObject* force_isa(PyObject*, PyObject* argument) {
   Py_RETURN_NONE;
 }
 
+PyObject* peak(PyObject*, PyObject* args, PyObject* keywords) {
+  static const char* names[] = {"kind", "threads", "seconds", nullptr};
+  const char* kind;
+  long long threads;
+  double seconds, result = 0;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLd", const_cast<char**>(names), &kind, &threads, &seconds))
+    return nullptr;
+  std::string invalid;
+  bool no_memory = false;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    result = measure_peak(kind, threads, seconds);
+  } catch (const std::invalid_argument& e) {
+    invalid = e.what();
+  } catch (const std::bad_alloc&) {
+    no_memory = true;
+  }
+  Py_END_ALLOW_THREADS;
+  if (!invalid.empty()) return PyErr_Format(PyExc_ValueError, "%s", invalid.c_str());
+  if (no_memory) return PyErr_NoMemory();
+  return PyFloat_FromDouble(result);
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", isa, METH_NOARGS, "The ISA tier in use, or 'reference'."},
     {"cpu_isas", isas, METH_NOARGS, "The ISA tiers that this CPU supports, best first, comma separated."},
     {"force_cpu_isa", force_isa, METH_O, "Switch to another supported tier (packed weights fit every tier)."},
+    {"measure_peak", (PyCFunction)(void (*)(void))peak, METH_VARARGS | METH_KEYWORDS,
+     "measure_peak(kind, threads, seconds): int8, bf16 or fp32 operations per second, or bytes read per second."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -17,8 +17,8 @@ def library_files() -> tuple[list[Path], list[Path]]:
     training: list[Path] = []
     held_out: list[Path] = []
     for file in sorted(Path(root).rglob("*.py"), key=str):
-        if not any(part in str(file) for part in _SKIPPED):
-            name = file.relative_to(root).as_posix()
+        name = file.relative_to(root).as_posix()
+        if not any(part in f"/{name}" for part in _SKIPPED):
             chosen = int(hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest(), 16) % 20 == 0
             (held_out if chosen else training).append(file)
     return training, held_out

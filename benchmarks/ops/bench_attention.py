@@ -1,0 +1,66 @@
+"""attention against its floors: decode and chunks read the cached keys and values, prompts compute two products.
+
+Example:
+
+    python benchmarks/ops/bench_attention.py --cases 1x512,1x8192,512x512 --heads 32x8x64
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+from harness import against_limits, copies, numbers, parser, report, seconds_per_call, start
+
+from llmrt import ops
+
+
+def pairs(text: str) -> list[tuple[int, int]]:
+    """Parse SxT pairs."""
+    return [(int(s), int(t)) for s, t in (pair.split("x") for pair in text.split(","))]
+
+
+def case(
+    batch: int, queries: int, length: int, heads: list[int], dtype: torch.dtype, peaks: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """Measure S query tokens at the end of T cached ones."""
+    h, hk, d = heads
+    cache_bytes = 2 * batch * hk * length * d * dtype.itemsize
+    calls = []
+    for _ in range(copies(cache_bytes)):
+        key, value = (torch.randn(batch, hk, length, d).to(dtype) for _ in range(2))
+        query = torch.randn(batch, queries, h, d).to(dtype)
+        calls.append(partial(ops.attention, query, key, value, length, d**-0.5))
+    # Pairs (query, key) that a causal mask leaves, times heads, two products of D each.
+    seen = queries * length - queries * (queries - 1) // 2
+    ops_count = 4.0 * batch * h * d * seen
+    moved = cache_bytes + 2 * batch * queries * h * d * dtype.itemsize
+    unit = "fp32" if dtype == torch.float32 else "bf16"
+    name = {"B": batch, "S": queries, "T": length, "H": h, "Hk": hk, "D": d}
+    return name | against_limits(seconds_per_call(calls, seconds), moved, ops_count, peaks, unit)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
+    options = parser(__doc__)
+    options.add_argument(
+        "--cases", type=pairs, default=pairs("1x512,1x2048,1x8192,8x2048,512x512,512x2048"), help="SxT, comma separated"
+    )
+    options.add_argument("--heads", default="32x8x64", help="HxHkxD: query heads, key/value heads, head dimension")
+    options.add_argument("--batches", type=numbers, default=[1], help="comma separated")
+    return options.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure all cases."""
+    args = parse(arguments)
+    peaks, dtype = start(args)
+    heads = [int(part) for part in args.heads.split("x")]
+    rows = [case(b, s, t, heads, dtype, peaks, args.seconds) for b in args.batches for s, t in args.cases]
+    report(rows, peaks, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""``llmrt quantize``: write a quantized copy of a model."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options as o
+from .loading import Loaded, load
+
+
+class StoredDType(str, Enum):
+    """Values of --weight-dtype here: a format is needed."""
+
+    INT4 = "int4"
+    INT4_FULLRANGE = "int4_fullrange"
+    INT8 = "int8"
+
+
+class ScaleDType(str, Enum):
+    """Values of --scale-dtype."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+
+class Head(str, Enum):
+    """Values of --lm-head."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+    NONE = "none"
+
+
+class Method(str, Enum):
+    """Values of --method."""
+
+    RTN = "rtn"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=o.MODEL_HELP)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; new or empty.")],
+    weight_dtype: Annotated[
+        StoredDType, typer.Option("--weight-dtype", help="int4_fullrange uses all 16 codes (symmetric).")
+    ] = StoredDType.INT4,
+    group_size: o.GroupSizeOption = 128,
+    scheme: o.SchemeOption = o.Scheme.SYM,
+    scale_dtype: Annotated[ScaleDType, typer.Option("--scale-dtype", help="Of the scales.")] = ScaleDType.BF16,
+    compute_dtype: o.ComputeDTypeOption = o.ComputeDType.AUTO,
+    method: Annotated[Method, typer.Option("--method", help="rtn: round to nearest.")] = Method.RTN,
+    lm_head: Annotated[
+        Head, typer.Option("--lm-head", help="Format of the output head; none: not quantized.")
+    ] = Head.INT8,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option("--skip", metavar="NAME", help="Leave these linears as they are (name or pattern)."),
+    ] = None,
+    dtype: o.DTypeOption = o.DType.AUTO,
+    threads: o.ThreadsOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in OUT if OUT is not empty.")] = False,
+) -> None:
+    """Quantize MODEL and write it to OUT, with its tokenizer; every command takes OUT as a model.
+
+    Example: llmrt quantize ./Llama-3.2-1B ./Llama-3.2-1B-int4 --group-size 32
+    """
+    _check_out(model, out, force)
+    config = _config(
+        weight_dtype=weight_dtype.value,
+        group_size=group_size,
+        scheme=scheme.value,
+        scale_dtype=scale_dtype.value,
+        compute_dtype=compute_dtype.value,
+        method=method.value,
+        lm_head=False if lm_head is Head.NONE else lm_head.value,
+        modules_to_not_convert=skip,
+    )
+    o.set_threads(threads)
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(f"quantizing {model} to {config.layout()}"):
+        loaded = load(model, dtype.torch(), config)
+    with console.status(f"writing {out}"):
+        _write(loaded, out)
+    report = loaded.model.optimization_report
+    megabytes = sum(file.stat().st_size for file in out.iterdir() if file.is_file()) / 1e6
+    typer.echo(f"{out}: {config.layout()}, {megabytes:.1f} MB (weights {report.bytes_before / 1e6:.1f} MB before)")
+
+
+def _check_out(model: str, out: Path, force: bool) -> None:
+    if out.exists() and not out.is_dir():
+        o.fail(f"{out}: is a file; give a directory")
+    if out.is_dir() and Path(model).is_dir() and out.resolve() == Path(model).resolve():
+        o.fail(f"{out}: OUT is MODEL itself; give another directory")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        o.fail(f"{out}: not empty; give another directory, or --force to replace the model in it")
+
+
+def _config(**values: Any) -> Any:
+    from ..quantization import WeightOnlyQuantConfig
+
+    try:
+        return WeightOnlyQuantConfig(**values)
+    except ValueError as error:
+        o.fail(str(error))
+
+
+def _write(loaded: Loaded, out: Path) -> None:
+    """Write beside OUT first and move then, so that no half-written model stays behind."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+        loaded.model.save_pretrained(temporary)
+        loaded.tokenizer.save_pretrained(temporary)
+        out.mkdir(exist_ok=True)
+        for old in (*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")):
+            old.unlink()
+        for file in Path(temporary).iterdir():
+            shutil.move(file, out / file.name)

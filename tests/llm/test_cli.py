@@ -1,0 +1,194 @@
+"""The command line: what it prints, and that bad input ends with exit code 2 and a message, never with a traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from llmrt.llm.cli import app
+from llmrt.llm.demo import demo_model_path
+
+DEMO = str(demo_model_path())
+
+
+def run(*arguments: str, stdin: str | None = None) -> Result:
+    threads = torch.get_num_threads()
+    try:
+        return CliRunner().invoke(app, list(arguments), input=stdin)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def good(*arguments: str, stdin: str | None = None) -> Result:
+    result = run(*arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "demo-int4"
+    result = good("quantize", "demo", str(out), "--group-size", "32")
+    assert "int4_sym_g32_bf16" in result.stdout
+    return out
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "perplexity", "quantize", "doctor"])
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    assert f"Example: llmrt {command}" in good(command, "--help").stdout
+
+
+def test_help_imports_no_models() -> None:
+    """A quick --help: neither the model classes nor the generation code of transformers."""
+    code = "import sys; from llmrt.llm.cli import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "generate" in result.stdout
+    loaded = result.stdout.splitlines()[-1].split()
+    assert not [name for name in loaded if name.startswith("transformers.models.")]
+
+
+def test_generate_prints_text_then_timings() -> None:
+    result = good("generate", "def parse_args(", "--max-new-tokens", "12")
+    assert result.stdout.startswith("def parse_args(") and len(result.stdout) > 30
+    assert "load " in result.stderr and "prompt 5 tokens" in result.stderr and "generated 12 tokens" in result.stderr
+
+
+def test_generate_equals_transformers() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    for beams in (1, 3):
+        output = model.generate(**tokenizer("import ", return_tensors="pt"), max_new_tokens=16, num_beams=beams)
+        expected = tokenizer.decode(output[0], skip_special_tokens=True)
+        options = ("--dtype", "float32", "--max-new-tokens", "16", "--beams", str(beams), "--threads", "1")
+        assert good("generate", DEMO, "import ", *options).stdout.rstrip("\n") == expected.rstrip("\n")
+
+
+@pytest.mark.parametrize("weight_dtype", ["int4", "int8"])
+def test_generate_quantized(weight_dtype: str) -> None:
+    options = ("--weight-dtype", weight_dtype, "--group-size", "32", "--scheme", "asym", "--compute-dtype", "int8")
+    result = good("generate", "demo", "def main(", "--max-new-tokens", "8", *options)
+    assert result.stdout.startswith("def main(") and "generated 8 tokens" in result.stderr
+
+
+def test_a_seed_repeats_a_sample() -> None:
+    def sample(seed: str) -> str:
+        return good("generate", "x =", "-n", "16", "--temperature", "1.5", "--top-p", "0.95", "--seed", seed).stdout
+
+    assert sample("1") == sample("1") != sample("2")
+
+
+def test_new_tokens_stop_at_the_models_maximum() -> None:
+    result = good("generate", "a = 1\n" * 255, "--max-new-tokens", "500")
+    prompt = int(result.stderr.split("prompt ")[1].split()[0])
+    assert f"generated {1024 - prompt} token" in result.stderr
+
+
+def test_chat_feeds_new_tokens_only() -> None:
+    result = good(
+        "chat", "-n", "10", "--timings", stdin="def f(x):\n\nreturn\n/reset\n/nonsense\nclass A\n/exit\nnever\n"
+    )
+    costs = [line for line in result.stderr.splitlines() if "tokens cached" in line]
+    assert len(costs) == 3 and "no chat template" in result.stderr and "no such command" in result.stderr
+    assert "prompt 5 tokens" in costs[0] and "14 tokens cached" in costs[0]
+    assert "prompt 2 tokens" in costs[1] and "25 tokens cached" in costs[1]
+    assert "11 tokens cached" in costs[2]
+
+
+def test_perplexity_as_text_and_json(tmp_path: Path) -> None:
+    text = tmp_path / "a.py"
+    text.write_text(Path(json.__file__).read_text())
+    line = good("perplexity", "demo", "--text", str(text), str(text), "--window", "128").stdout
+    found = json.loads(good("perplexity", DEMO, str(text), str(text), "--window", "128", "--json").stdout)
+    assert f"perplexity {found['value']:.4f}" in line and found["window_length"] == 128 and 2 < found["value"] < 40
+    assert found["weights"] == "weights as stored"
+    held = json.loads(
+        good("perplexity", "--demo-held-out", "--windows", "2", "--weight-dtype", "int8", "--json").stdout
+    )
+    assert held["windows"] == 2 and held["weights"].startswith("int8_sym_g128_bf16")
+
+
+def test_a_quantized_model_loads_again(quantized: Path) -> None:
+    fresh = good("generate", "demo", "def main(", "-n", "12", "--weight-dtype", "int4", "--group-size", "32").stdout
+    assert good("generate", str(quantized), "def main(", "-n", "12").stdout == fresh
+    stored = sum(file.stat().st_size for file in quantized.glob("*.safetensors"))
+    assert stored < 0.65 * (demo_model_path() / "model.safetensors").stat().st_size
+
+
+def test_quantize_replaces_only_with_force(quantized: Path) -> None:
+    keep = quantized / "notes.txt"
+    keep.write_text("mine")
+    (quantized / "model-00001-of-00002.safetensors").write_text("stale")
+    refused = run("quantize", "demo", str(quantized))
+    assert refused.exit_code == 2 and "not empty" in refused.stderr
+    good("quantize", "demo", str(quantized), "--group-size", "32", "--force")
+    assert keep.read_text() == "mine" and not (quantized / "model-00001-of-00002.safetensors").exists()
+
+
+def test_doctor_tells_the_tier() -> None:
+    from llmrt import _C
+
+    found = json.loads(good("doctor", "--no-measure", "--json").stdout)
+    assert found["isa"]["in_use"] == _C.cpu_isa() and found["versions"]["torch"] == torch.__version__
+    assert "measured" not in found and found["threads"]["torch"] >= 1
+    assert _C.cpu_isa() in good("doctor", "--no-measure").stdout
+
+
+BAD = {
+    "no prompt": (("generate",), "Missing argument"),
+    "empty prompt": (("generate", ""), "the prompt is empty"),
+    "model without prompt": (("generate", DEMO), "the prompt is missing"),
+    "three words": (("generate", "demo", "a", "b"), "put the prompt in quotes"),
+    "no such path": (("generate", "./none/such", "x"), "./none/such: no such directory"),
+    "a file": (("generate", __file__, "x"), "is a file"),
+    "no config": (("generate", str(Path(__file__).parent), "x"), "no config.json"),
+    "unknown on the hub": (("generate", "no-such-model", "x"), "the Hugging Face hub failed"),
+    "empty model": (("chat", ""), "MODEL is empty"),
+    "bad dtype": (("generate", "x", "--dtype", "float8"), "'float8' is not one of"),
+    "bad weight dtype": (("generate", "x", "--weight-dtype", "int5"), "'int5' is not one of"),
+    "bad group size": (("generate", "x", "--weight-dtype", "int4", "--group-size", "7"), "group_size is 7"),
+    "no threads": (("generate", "x", "--threads", "0"), "0 is not in the range"),
+    "no beams": (("generate", "x", "--beams", "0"), "0 is not in the range"),
+    "too long": (("generate", "x = 1\n" * 2000), "takes at most 1024"),
+    "no text": (("perplexity", "demo"), "--text FILES or --demo-held-out"),
+    "no such text": (("perplexity", "demo", "--text", "none.txt"), "none.txt: no such file"),
+    "short text": (
+        ("perplexity", "demo", "--text", str(demo_model_path() / "generation_config.json")),
+        "one window needs",
+    ),
+    "long window": (("perplexity", "--demo-held-out", "--window", "2000"), "takes at most 1024"),
+    "quantized twice": (("generate", "{quantized}", "x", "--weight-dtype", "int4"), "is quantized already"),
+    "onto itself": (("quantize", DEMO, DEMO), "OUT is MODEL itself"),
+    "onto a file": (("quantize", DEMO, __file__), "is a file"),
+    "scheme and fullrange": (
+        ("quantize", DEMO, "out", "--weight-dtype", "int4_fullrange", "--scheme", "asym"),
+        "fullrange",
+    ),
+    "system without template": (("chat", "--system", "Be brief."), "needs a chat template"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input(
+    arguments: tuple[str, ...], message: str, quantized: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = run(*(str(quantized) if a == "{quantized}" else a for a in arguments))
+    # rich breaks the lines of its boxes
+    assert result.exit_code == 2 and message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_weights_are_named(tmp_path: Path) -> None:
+    for file in demo_model_path().glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"\x10" * 100)
+    result = run("generate", str(tmp_path), "x")
+    assert result.exit_code == 2 and "cannot be loaded" in result.stderr

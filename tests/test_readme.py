@@ -1,0 +1,58 @@
+"""The README is true: its commands are those that CI runs, its Python runs, its table is what the tests exercise."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmrt.llm.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def block(marker: str) -> str:
+    """Return the fenced block below a marker."""
+    match = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```\n", README, re.DOTALL)
+    assert match, marker
+    return match[1]
+
+
+@pytest.mark.parametrize("name", ["run", "test"])
+def test_commands_are_one_line_that_ci_reads_from_here(name: str) -> None:
+    command, script = block(f"command: {name}"), (ROOT / ".ci/run").read_text()
+    assert command.count("\n") == 1 and "torch==" in command and "--no-build-isolation" in command
+    assert f"readme_command {name}" in script and command.strip() not in script
+    torch_wanted = set(re.findall(r"torch==[\d.]+", README + script))
+    assert len(torch_wanted) == 1
+
+
+def test_ci_finds_the_commands() -> None:
+    function = re.search(r"^readme_command\(\) \{.*?^\}$", (ROOT / ".ci/run").read_text(), re.DOTALL | re.MULTILINE)
+    assert function
+    for name in ("run", "test"):
+        script = f"{function[0]}\nreadme_command {name}"
+        found = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert found == block(f"command: {name}")
+
+
+def test_the_python_example_runs() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    code = block("example: python")
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "def main(" in result.stdout, result.stderr
+
+
+def test_commands_are_those_that_exist() -> None:
+    listed = set(re.findall(r"^\| `llmrt (\w+)", README, re.MULTILINE))
+    assert listed == {info.callback.__name__ for info in app.registered_commands if info.callback}
+
+
+def test_environment_variables_are_those_that_are_read() -> None:
+    listed = set(re.findall(r"^\| `(LLMRT_\w+)`", README, re.MULTILINE))
+    sources = [f for folder in ("csrc", "ops", "passes", "llm") for f in (ROOT / folder).rglob("*.*")]
+    text = "".join(f.read_text() for f in (*sources, ROOT / "setup.py") if f.suffix in (".py", ".cpp", ".h"))
+    assert listed == set(re.findall(r"""(?:getenv\(|environ\.get\(|environ\[)["'](LLMRT_\w+)""", text))
