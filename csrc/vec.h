@@ -63,9 +63,9 @@ inline F32 erf(F32 x) {
 }
 inline F32 silu(F32 x) { return x * sigmoid(x); }
 inline F32 gelu(F32 x) { return F32::set1(0.5f) * x * (F32::set1(1.f) + erf(x * F32::set1(0.70710678118654752f))); }
+// 0.5 x (1 + tanh(u)) = x sigmoid(2 u).
 inline F32 gelu_tanh(F32 x) {
-  F32 u = F32::set1(0.79788456080286536f) * fma(F32::set1(0.044715f) * x * x, x, x);
-  return F32::set1(0.5f) * x * (F32::set1(1.f) + tanh(u));
+  return x * sigmoid(F32::set1(1.59576912160573071f) * fma(F32::set1(0.044715f) * x * x, x, x));
 }
 inline F32 relu(F32 x) { return max(F32::zero(), x); }  // max returns its second operand for NaN: NaN passes through
 

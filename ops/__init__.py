@@ -3,6 +3,7 @@
 from .attention import attention
 from .formats import FORMATS, Layout, dequantize, interleave_gate_up, quantize
 from .gated import gelu_mul, silu_mul
+from .kv_append import kv_append
 from .linear import pack_weight, quant_linear, unpack_weight
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .operator import OPERATORS, Operator
@@ -19,6 +20,7 @@ __all__ = [
     "dequantize",
     "gelu_mul",
     "interleave_gate_up",
+    "kv_append",
     "layer_norm",
     "pack_weight",
     "quant_linear",

@@ -1,0 +1,313 @@
+"""The key/value cache with indirect access: beam search permutes a small table of rows; keys and values never move.
+
+Physical row r of a layer's buffers [R, Hk, C, D] holds tokens that some beam wrote. One int32 table [B, C], shared by all layers,
+says for every logical row b and token t which physical row holds it. Reordering the beams reorders the table's rows; token t
+of row b is always written to physical row b, so the table needs an entry of its own only for the past.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .. import ops
+from . import attention
+
+_kv_append = ops.kv_append.overload
+#: Tokens that a layer reserves at first when it is not told how many will come; buffers double from there.
+FIRST_CAPACITY = 256
+#: Largest first reservation, whatever the announced length: a default max_length of 128k tokens is rarely used up.
+LARGEST_FIRST_CAPACITY = 8192
+
+
+class RowTable:
+    """Which physical row holds a token: the ancestor table that all layers share.
+
+    Args:
+        beams: logical rows [g * beams, (g + 1) * beams) start from one prompt, which is stored once.
+        config: of the model; says whether the attention that will read the cache knows the table.
+    """
+
+    def __init__(self, beams: int, config: Any) -> None:
+        """Start as the identity."""
+        self.beams = beams
+        self.table: Tensor | None = None  # int32 [B, C]; None: row b is in physical row b
+        self._config = weakref.ref(config)
+
+    def read_by_llmrt(self) -> bool:
+        """Return whether the model's attention is llmrt's, which reads through the table."""
+        config = self._config()
+        return config is not None and config._attn_implementation == attention.NAME
+
+    def make(self, batch: int, capacity: int, device: torch.device) -> Tensor:
+        """Return the table, made or grown to [batch, at least capacity]; new entries point to the own row."""
+        old = self.table
+        if old is None or old.shape[1] < capacity:
+            own = torch.arange(batch, dtype=torch.int32, device=device).unsqueeze(1).repeat(1, capacity)
+            if old is not None:
+                own[:, : old.shape[1]] = old
+            self.table = own
+        assert self.table is not None
+        return self.table
+
+    def own(self, start: int, end: int) -> None:
+        """Let tokens start .. end - 1 point to the own row again."""
+        if self.table is not None and end > start:
+            batch = self.table.shape[0]
+            self.table[:, start:end] = torch.arange(batch, dtype=torch.int32, device=self.table.device).unsqueeze(1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowTable:
+        """Copy the table; the configuration stays the model's."""
+        copy = RowTable.__new__(RowTable)
+        memo[id(self)] = copy
+        copy.beams, copy._config = self.beams, self._config
+        copy.table = None if self.table is None else self.table.clone()
+        return copy
+
+
+def _shape(keys: Tensor, values: Tensor) -> tuple[Any, ...]:
+    batch, heads, _, dim = keys.shape
+    return batch, heads, dim, values.shape[3], keys.dtype, keys.device
+
+
+class KVLayer(CacheLayerMixin):
+    """One layer of a `KVCache`.
+
+    Attributes:
+        key_cache: [R, Hk, C, D]; tokens 0 .. length - 1 are valid.
+        value_cache: [R, Hk, C, Dv].
+        length: tokens stored.
+        rows: the table shared by all layers.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, rows: RowTable, max_length: int | None) -> None:
+        """Make an empty layer; buffers come with the first tokens."""
+        self.rows = rows
+        self.max_length = max_length
+        self.length = 0
+        self.batch = 0
+        self.is_initialized = False
+        self._fits: tuple[Any, ...] | None = None
+        self._owner: weakref.ref[nn.Module] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Reserve buffers for keys [B, Hk, S, D] and values [B, Hk, S, Dv]."""
+        batch, heads, tokens, dim = key_states.shape
+        capacity = self.max_length if self.max_length is not None else FIRST_CAPACITY + tokens
+        capacity = max(tokens, min(capacity, max(LARGEST_FIRST_CAPACITY, tokens + FIRST_CAPACITY)), 1)
+        self.key_cache = key_states.new_empty((batch, heads, capacity, dim))
+        self.value_cache = value_states.new_empty((batch, heads, capacity, value_states.shape[-1]))
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch = batch
+        self._fits = _shape(key_states, value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys [B, Hk, S, D] and values [B, Hk, S, Dv]; return all of them as [B, Hk, T, D] and [B, Hk, T, Dv].
+
+        The returned keys carry this layer for llmrt's attention. If another attention will read them and beams were reordered, they
+        are gathered into the logical order first.
+
+        Raises:
+            ValueError: no token, or heads, sizes, dtype or batch differ from what the cache holds.
+        """
+        if self._fits != _shape(key_states, value_states):
+            self._refit(key_states, value_states)
+        start = self.length
+        tokens = key_states.shape[2]
+        if tokens == 0:
+            raise ValueError("the input has no token; pass at least one")
+        end = start + tokens
+        if end > self.key_cache.shape[2]:
+            self._grow(end)
+        rows, every = self.rows, 1
+        if start == 0 and rows.table is not None and rows.table.shape[0] != self.batch:
+            rows.table = None
+        if start == 0 and rows.beams > 1 and self.batch % rows.beams == 0:
+            every = rows.beams
+            first = torch.arange(self.batch, dtype=torch.int32, device=self.device) // every * every
+            rows.make(self.batch, end, self.device)[:, :end] = first.unsqueeze(1)
+        elif rows.table is not None and rows.table.shape[1] < end:
+            rows.make(self.batch, self.key_cache.shape[2], self.device)
+        _kv_append(
+            self.key_cache, self.value_cache, key_states.transpose(1, 2), value_states.transpose(1, 2), start, every
+        )
+        self.length = end
+        if rows.table is not None and not rows.read_by_llmrt():
+            return self.keys, self.values
+        keys, values = self.key_cache.narrow(2, 0, end), self.value_cache.narrow(2, 0, end)
+        keys._llmrt_layer = self  # type: ignore[attr-defined]
+        return keys, values
+
+    def _refit(self, key_states: Tensor, value_states: Tensor) -> None:
+        if self.length == 0:
+            self.lazy_initialization(key_states, value_states)
+            return
+        held, given = self._fits, _shape(key_states, value_states)
+        names = ("batch", "key/value heads", "head size", "value head size", "dtype", "device")
+        wrong = [f"{n} {g}, holds {h}" for n, g, h in zip(names, given, held or (), strict=True) if g != h]
+        raise ValueError(
+            f"the cache does not fit: {'; '.join(wrong)}. It belongs to another model, batch or dtype; make a new one"
+        )
+
+    def _grow(self, tokens: int) -> None:
+        """Make room for `tokens`, at least doubling."""
+        capacity = max(tokens, 2 * self.key_cache.shape[2])
+        for name in ("key_cache", "value_cache"):
+            old = getattr(self, name)
+            new = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
+
+    def claim(self, module: nn.Module) -> None:
+        """Raise ValueError if another attention module than the first one reads this layer."""
+        owner = self._owner
+        if owner is not None and owner() is module:
+            return
+        if owner is not None and owner() is not None:
+            raise ValueError(
+                "the cache was filled by another model (or another layer); make a new KVCache for this one, "
+                "or call reset() on it"
+            )
+        self._owner = weakref.ref(module)
+
+    def _logical(self, buffer: Tensor) -> Tensor:
+        held = buffer[: self.batch, :, : self.length]
+        if self.rows.table is None:
+            return held
+        index = self.rows.table[: self.batch, : self.length].long()
+        tokens = torch.arange(self.length, device=buffer.device)
+        return buffer[:, :, : self.length].transpose(1, 2)[index, tokens].transpose(1, 2)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys in logical order, [B, Hk, T, D]; a copy after beams were reordered. None before the first token."""
+        return self._logical(self.key_cache) if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values in logical order, [B, Hk, T, Dv]."""
+        return self._logical(self.value_cache) if self.is_initialized else None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (tokens after the next call, offset 0): nothing is dropped, windows are the attention's."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return the tokens stored."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Return -1: the cache grows."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all tokens; buffers stay for the next sequence if it has the same shape."""
+        self.length = 0
+        self._owner = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest `-tokens_to_remove` tokens (a negative number, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def resize(self, batch: int) -> None:
+        """Make the logical batch `batch`; physical rows are added when there are fewer."""
+        if not self.is_initialized:
+            return
+        assert self._fits is not None
+        if batch > self.key_cache.shape[0]:
+            for name in ("key_cache", "value_cache"):
+                old = getattr(self, name)
+                new = old.new_empty((batch, *old.shape[1:]))
+                new[: old.shape[0], :, : self.length] = old[:, :, : self.length]
+                setattr(self, name, new)
+        self.batch = batch
+        self._fits = (batch, *self._fits[1:])
+
+
+class KVCache(Cache):
+    """transformers `Cache` with indirect access; `generate` of an optimized model uses it by default.
+
+    Beam search moves no key and no value: `reorder_cache` permutes one int32 table for all layers. Sliding-window layers keep
+    everything, the window is applied by the attention.
+
+    Args:
+        config: the model's configuration (its text decoder's number of layers is read).
+        max_length: tokens to reserve room for; the cache grows beyond by doubling.
+        beams: rows that start from the same prompt (beams, or returned sequences of one sample): the first tokens are then stored
+            once per sample.
+    """
+
+    def __init__(self, config: Any, max_length: int | None = None, beams: int = 1) -> None:
+        """Make an empty cache."""
+        if beams < 1:
+            raise ValueError(f"beams is {beams}; valid: 1 and more")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length is {max_length}; valid: 1 and more, or None")
+        decoder = config.get_text_config(decoder=True)
+        self.rows = RowTable(beams, decoder)
+        super().__init__(layers=[KVLayer(self.rows, max_length) for _ in range(decoder.num_hidden_layers)])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append to one layer, see `KVLayer.update`."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the cache has {len(self.layers)} layers, layer {layer_idx} was asked for: another model's"
+            )
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def _first(self) -> KVLayer:
+        return self.layers[0]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.rows.table = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let logical row b continue row beam_idx[b] (int64 [B])."""
+        first = self._first()
+        if first.length == 0:
+            return
+        table = self.rows.make(first.batch, first.key_cache.shape[2], first.device)
+        past = table[:, : first.length]
+        table[:, : first.length] = past.index_select(0, beam_idx.to(table.device))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest `-tokens_to_remove` tokens."""
+        before = self._first().length
+        super().crop(tokens_to_remove)
+        self.rows.own(self._first().length, before)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times; the past is not copied."""
+        first = self._first()
+        self.batch_select_indices(torch.arange(first.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (int64, or bool [B]), in that order; the past is not copied."""
+        first = self._first()
+        if first.length == 0:
+            return
+        table = self.rows.make(first.batch, first.length, first.device)[indices]
+        self.rows.table = table.contiguous()
+        for layer in self.layers:
+            layer.resize(table.shape[0])
+        self.rows.own(first.length, table.shape[1])
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
+        """Yield (keys, values, None) per layer in logical order, as DynamicCache does."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, None

@@ -1,0 +1,216 @@
+"""Carries a plan out on a model."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import attention
+from .cache import KVCache
+from .linear import CanonicalLinear, LinearGroup, QuantLinear, SiblingLinear
+from .mlp import GatedMLP, QuantGatedMLP
+from .norm import convert_norm
+from .plan import Plan, Step
+from .rope import with_rotation
+
+
+def share_copy(model: Any) -> Any:
+    """Return a copy of a model's structure and configuration whose parameters and buffers are the model's own."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+class Converter:
+    """Applies steps in order and can take back those that freed nothing.
+
+    Args:
+        model: changed in place.
+        plan: what to do.
+        dtype: of the parameters that stay floating point, or None.
+        keep: whether replaced weights belong to another model too, so that everything can be taken back.
+    """
+
+    def __init__(self, model: Any, plan: Plan, dtype: torch.dtype | None, keep: bool) -> None:
+        """Remember what to change."""
+        self.model, self.plan, self.dtype, self.keep = model, plan, dtype, keep
+        self.undo: list[Callable[[], None]] = []
+        self.freed: list[str] = []
+
+    def run(self) -> None:
+        """Carry the plan out.
+
+        Raises:
+            RuntimeError: something failed. A model converted in place is as it was, unless float weights were freed already (out of
+                memory while quantizing): then it is marked unusable, and the message says so.
+        """
+        try:
+            quantizing = [s for s in self.plan.steps if s.schemes]
+            for step in [s for s in self.plan.steps if not s.schemes] + quantizing:
+                getattr(self, f"_{step.kind}")(step)
+                if step.schemes and not self.keep:
+                    self.freed += step.names
+                    self.undo.clear()
+            self._untie()
+            self._dtype()
+        except BaseException as error:
+            if self.freed and not self.keep:
+                self._refuse(error)
+            for action in reversed(self.undo):
+                action()
+            raise
+        if self.plan.quantization is not None:
+            return_free_memory()
+
+    def _refuse(self, error: BaseException) -> None:
+        message = (
+            f"optimize(inplace=True) failed ({error!r}) after {len(self.freed)} weights were quantized and their float values "
+            "freed; this model object is unusable, load it again (inplace=False keeps the given model whole)"
+        )
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError(message)
+
+        self.model.forward = forward
+        raise RuntimeError(message) from error
+
+    def _set(self, name: str, new: nn.Module) -> None:
+        old = self.model.get_submodule(name)
+        new.training = old.training
+        self.model.set_submodule(name, new)
+        if self.keep or not self._quantizes(new):
+            self.undo.append(lambda: self.model.set_submodule(name, old))
+
+    @staticmethod
+    def _quantizes(module: nn.Module) -> bool:
+        return isinstance(module, QuantLinear | SiblingLinear | QuantGatedMLP)
+
+    def _norm(self, step: Step) -> None:
+        name = step.names[0]
+        self._set(name, convert_norm(self.model.get_submodule(name), step.offset))
+
+    def _rope(self, step: Step) -> None:
+        module = self.model.get_submodule(step.names[0])
+        old = type(module)
+        module.__class__ = with_rotation(old, step.function, step.style)
+        self.undo.append(lambda: setattr(module, "__class__", old))
+
+    def _gated(self, step: Step) -> None:
+        owner, *names = step.names
+        linears = {name.rpartition(".")[2]: self.model.get_submodule(name) for name in names}
+        if not step.schemes:
+            self._set(owner, GatedMLP(linears, step.activation))
+            return
+        down = QuantLinear.from_linear(linears[names[-1].rpartition(".")[2]], step.schemes[-1])  # type: ignore[arg-type]
+        new = QuantGatedMLP.from_linears(linears, step.activation, step.schemes[0], down)  # type: ignore[arg-type]
+        self._set(owner, new)
+
+    def _fold(self, step: Step) -> None:
+        _, linear, activation = step.names
+        source = self.model.get_submodule(linear)
+        self._set(linear, QuantLinear.from_linear(source, step.schemes[0], step.activation))
+        self._set(activation, nn.Identity())
+
+    def _group(self, step: Step) -> None:
+        group = LinearGroup.from_linears([self.model.get_submodule(n) for n in step.names], step.schemes[0])
+        for index, name in enumerate(step.names):
+            self._set(name, SiblingLinear(group, index))
+
+    def _linear(self, step: Step) -> None:
+        name = step.names[0]
+        self._set(name, QuantLinear.from_linear(self.model.get_submodule(name), step.schemes[0]))
+
+    def _untie(self) -> None:
+        """A quantized head is no longer tied to the embedding: say so where transformers would tie it again."""
+        head = self.model.get_output_embeddings()
+        config = self.model.config
+        if not isinstance(head, QuantLinear):
+            return
+        for part in (config, config.get_text_config(decoder=True)):
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
+                self.undo.append(lambda part=part: setattr(part, "tie_word_embeddings", True))  # type: ignore[misc]
+        tied = getattr(self.model, "all_tied_weights_keys", None)
+        if tied:
+            self.model.all_tied_weights_keys = {}
+            self.undo.append(lambda: setattr(self.model, "all_tied_weights_keys", tied))
+
+    def _dtype(self) -> None:
+        """Convert parameters and saved buffers; values that a model derives from its configuration stay as they are."""
+        if self.dtype is None:
+            return
+        done: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None or not parameter.is_floating_point() or parameter.dtype == self.dtype:
+                    continue
+                if id(parameter) not in done:
+                    new = nn.Parameter(parameter.detach().to(self.dtype), parameter.requires_grad)
+                    done[id(parameter)] = new
+                    self.undo.append(lambda p=parameter, n=new: None)  # type: ignore[misc]
+                module._parameters[name] = done[id(parameter)]
+                self.undo.append(lambda m=module, n=name, p=parameter: m._parameters.__setitem__(n, p))  # type: ignore[misc]
+        for part in (self.model.config, self.model.config.get_text_config(decoder=True)):
+            old = part.dtype
+            part.dtype = self.dtype
+            self.undo.append(lambda part=part, old=old: setattr(part, "dtype", old))  # type: ignore[misc]
+
+
+class CacheSetup:
+    """Stands for a model's `_prepare_cache_for_generation`: where `generate` would make a DynamicCache, it gets a `KVCache`."""
+
+    def __init__(self, model: Any) -> None:
+        """Refer to the model weakly, so that deleting it frees it."""
+        self._model = weakref.ref(model)
+
+    def __call__(
+        self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
+        """Put a cache into model_kwargs, as the method of transformers' GenerationMixin does."""
+        model = self._model()
+        ours = (
+            model_kwargs.get("past_key_values") is None
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation in (None, "dynamic")
+            and model.config._attn_implementation == attention.NAME
+        )
+        if not ours:
+            return type(model)._prepare_cache_for_generation(
+                model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        model_kwargs["past_key_values"] = KVCache(model.config, max_length=max(1, max_cache_length), beams=beams)
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheSetup:
+        """Belong to the copy of the model."""
+        model = self._model()
+        return CacheSetup(memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a reference to the model."""
+        return CacheSetup, (self._model(),)
+
+
+def return_free_memory() -> None:
+    """Hand freed blocks back to the system where the C library can (glibc keeps those below its mmap threshold)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters and buffers, each storage counted once."""
+    sizes = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
+    }
+    return sum(sizes.values())
+
+
+__all__ = ["CacheSetup", "CanonicalLinear", "Converter", "return_free_memory", "share_copy", "weight_bytes"]

@@ -1,0 +1,417 @@
+"""Quantized linear layers: one module for all formats, and siblings that share one packed weight.
+
+A state dict of these modules holds canonical tensors under the names of the original linears (qweight, scales, zeros, bias);
+the packed weight is derived from them and is never saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.formats import Layout, check_canonical, interleave_gate_up, quantize, split_gate_up
+
+_quant_linear = ops.quant_linear.overload
+_pack = ops.pack_weight
+_unpack = ops.unpack_weight
+#: Weight elements quantized at once: 32 MB as float32, so that quantizing takes little more memory than its result.
+CHUNK = 1 << 23
+
+
+class Canonical(NamedTuple):
+    """Device-independent tensors of one quantized weight [N, K], see ops/formats.py."""
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a linear is quantized and computed.
+
+    Args:
+        layout: of the weight.
+        compute: of the product.
+        fullrange: see `ops.formats.quantize`.
+    """
+
+    layout: Layout
+    compute: str
+    fullrange: bool = False
+
+
+class CanonicalLinear(nn.Module):
+    """A linear as a checkpoint stores it: canonical tensors, not yet packed. `optimize` turns it into a `QuantLinear`.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is one.
+        layout: of the tensors.
+        dtype: of the bias.
+        device: of the empty buffers made here.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Make empty buffers of the right shapes."""
+        super().__init__()
+        self.in_features, self.out_features, self.layout = in_features, out_features, layout
+        groups = layout.geometry(in_features).groups
+        width = -(-in_features * layout.format.bits // 8)
+        empty = {"dtype": torch.uint8, "device": device}
+        self.register_buffer("qweight", torch.empty((out_features, width), **empty))  # type: ignore[arg-type]
+        self.register_buffer("scales", torch.empty((out_features, groups), dtype=layout.scale_dtype, device=device))
+        zeros = torch.empty((out_features, groups), **empty) if layout.asymmetric else None  # type: ignore[arg-type]
+        self.register_buffer("zeros", zeros)
+        made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
+        self.register_parameter("bias", made)
+
+    def canonical(self) -> Canonical:
+        """Return the tensors.
+
+        Raises:
+            RuntimeError: shapes or dtypes are not the layout's, or a scale is NaN or infinite.
+        """
+        result = Canonical(self.qweight, self.scales, self.zeros)  # type: ignore[arg-type]
+        check_canonical(*result, self.layout, self.in_features)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raise: this is a weight on its way, not a layer to run."""
+        raise RuntimeError("this linear holds an unpacked checkpoint; call llm.optimize on the model")
+
+
+Source = nn.Linear | CanonicalLinear
+
+
+def quantize_rows(weight: Tensor, scheme: Scheme) -> Canonical:
+    """Quantize [N, K] a few rows at a time."""
+    rows = max(1, CHUNK // weight.shape[1])
+    parts = [quantize(part, scheme.layout, scheme.fullrange) for part in weight.detach().split(rows)]
+    if len(parts) == 1:
+        return Canonical(*parts[0])
+    codes, scales, zeros = zip(*parts, strict=True)
+    return Canonical(torch.cat(codes), torch.cat(scales), None if zeros[0] is None else torch.cat(zeros))
+
+
+def canonical_of(linear: Source, scheme: Scheme) -> Canonical:
+    """Return the canonical tensors of a linear: quantized now, or as loaded."""
+    if isinstance(linear, CanonicalLinear):
+        return linear.canonical()
+    return quantize_rows(linear.weight, scheme)
+
+
+def concatenate(parts: Sequence[Canonical]) -> Canonical:
+    """Stack weights along N."""
+    zeros = None if parts[0].zeros is None else torch.cat([p.zeros for p in parts])  # type: ignore[misc]
+    return Canonical(torch.cat([p.qweight for p in parts]), torch.cat([p.scales for p in parts]), zeros)
+
+
+def narrow(part: Canonical, start: int, rows: int) -> Canonical:
+    """Return rows start .. start + rows - 1, copied."""
+    return Canonical(*(None if t is None else t[start : start + rows].clone() for t in part))  # type: ignore[arg-type]
+
+
+def interleave(gate: Canonical, up: Canonical) -> Canonical:
+    """Return the rows of gate and up 16 by 16 in turn."""
+    return Canonical(*(None if g is None else interleave_gate_up(g, u) for g, u in zip(gate, up, strict=True)))  # type: ignore[arg-type]
+
+
+def split_interleaved(both: Canonical, rows: int) -> tuple[Canonical, Canonical]:
+    """Undo `interleave`; rows: of gate and of up."""
+    pairs = [(None, None) if t is None else split_gate_up(t, rows) for t in both]
+    return Canonical(*(p[0] for p in pairs)), Canonical(*(p[1] for p in pairs))  # type: ignore[arg-type]
+
+
+def pack(part: Canonical, layout: Layout, in_features: int) -> Tensor:
+    """Return the packed weight."""
+    return _pack(part.qweight, part.scales, part.zeros, str(layout), in_features)
+
+
+def unpack(packed: Tensor, layout: Layout, rows: int, in_features: int) -> Canonical:
+    """Undo `pack`."""
+    codes, scales, zeros = _unpack(packed, str(layout), rows, in_features)
+    return Canonical(codes, scales, zeros if layout.asymmetric else None)
+
+
+def write_state(destination: dict[str, Any], prefix: str, part: Canonical, bias: Tensor | None) -> None:
+    """Put a linear's tensors into a state dict under its name `prefix` (which ends with a dot)."""
+    for name, tensor in (*part._asdict().items(), ("bias", bias)):
+        if tensor is not None:
+            destination[prefix + name] = tensor.detach()
+
+
+def read_state(
+    state: dict[str, Any], prefix: str, layout: Layout, rows: int, in_features: int
+) -> tuple[Canonical, list[str]]:
+    """Return a linear's tensors of a state dict and the keys used.
+
+    Raises:
+        RuntimeError: a tensor is missing or does not fit the layout.
+    """
+    names = ["qweight", "scales", *(["zeros"] if layout.asymmetric else [])]
+    missing = [prefix + name for name in names if prefix + name not in state]
+    if missing:
+        raise RuntimeError(f"the state dict has no {', '.join(missing)}")
+    part = Canonical(*(state[prefix + n] if n in names else None for n in Canonical._fields))
+    check_canonical(*part, layout, in_features)
+    if part.qweight.shape[0] != rows:
+        raise RuntimeError(f"{prefix}qweight has {part.qweight.shape[0]} rows; expected {rows}")
+    return part, [prefix + name for name in names]
+
+
+class QuantLinear(nn.Module):
+    """``epilogue(x @ W.T + bias)`` with a packed weight.
+
+    Args:
+        packed: uint8 [ceil(N / 32), tiles, tile_bytes] from `ops.pack_weight`.
+        bias: [N] or None.
+        layout: of the weight.
+        in_features: K.
+        out_features: N.
+        compute: int8, bf16, fp16 or fp32.
+        epilogue: none, relu, silu, gelu or gelu_tanh.
+    """
+
+    packed: Tensor
+
+    def __init__(
+        self,
+        packed: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        in_features: int,
+        out_features: int,
+        compute: str = "int8",
+        epilogue: str = "none",
+    ) -> None:
+        """Keep the packed weight as a buffer that is not saved."""
+        super().__init__()
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.layout = layout
+        self.layout_text = str(layout)
+        self.in_features, self.out_features = in_features, out_features
+        self.compute, self.epilogue = compute, epilogue
+
+    @classmethod
+    def from_linear(cls, linear: Source, scheme: Scheme, epilogue: str = "none") -> QuantLinear:
+        """Quantize (or take over) one linear."""
+        packed = pack(canonical_of(linear, scheme), scheme.layout, linear.in_features)
+        return cls(
+            packed, linear.bias, scheme.layout, linear.in_features, linear.out_features, scheme.compute, epilogue
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., N] in the dtype of x [..., K]."""
+        return _quant_linear(
+            x, self.packed, self.bias, None, self.layout_text, self.out_features, self.compute, self.epilogue
+        )
+
+    def dequantized(self) -> Tensor:
+        """Return the float32 weight [N, K] that this layer stands for."""
+        from ..ops.formats import dequantize
+
+        return dequantize(*self.canonical(), self.layout, self.in_features)
+
+    def canonical(self) -> Canonical:
+        """Return the canonical tensors."""
+        return unpack(self.packed, self.layout, self.out_features, self.in_features)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        write_state(destination, prefix, self.canonical(), self.bias)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        try:
+            part, _ = read_state(state_dict, prefix, self.layout, self.out_features, self.in_features)
+            self.packed.copy_(pack(part, self.layout, self.in_features))
+            if self.bias is not None:
+                self.bias.data.copy_(state_dict[prefix + "bias"])
+        except (RuntimeError, KeyError) as error:
+            errors.append(f"{prefix[:-1]}: {error}")
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.layout_text}, compute={self.compute}, epilogue={self.epilogue}"
+        )
+
+
+class _Pending:
+    """Results of one call that siblings have not taken yet."""
+
+    __slots__ = ("left", "outs", "version", "x")
+
+    def __init__(self, x: Tensor, version: int, outs: list[Tensor | None], left: int) -> None:
+        self.x, self.version, self.outs, self.left = x, version, outs, left
+
+
+def _version(x: Tensor) -> int:
+    """Return the mutation count; inference tensors have none (they may still be changed in place, which no model does)."""
+    return -1 if x.is_inference() else x._version
+
+
+class LinearGroup(QuantLinear):
+    """One packed weight for several linears with the same input.
+
+    Args:
+        sizes: out features of each.
+        biased: which of them have a bias (a missing one is zero in the concatenated bias).
+    """
+
+    def __init__(
+        self,
+        packed: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        in_features: int,
+        sizes: list[int],
+        biased: list[bool],
+        compute: str,
+    ) -> None:
+        """Keep the packed weight."""
+        super().__init__(packed, bias, layout, in_features, sum(sizes), compute)
+        self.sizes, self.biased = sizes, biased
+        self._pending: _Pending | None = None
+
+    @classmethod
+    def from_linears(cls, linears: Sequence[Source], scheme: Scheme) -> LinearGroup:
+        """Quantize one after the other, then pack together."""
+        whole = concatenate([canonical_of(linear, scheme) for linear in linears])
+        packed = pack(whole, scheme.layout, linears[0].in_features)
+        biased = [linear.bias is not None for linear in linears]
+        bias = None
+        if any(biased):
+            bias = torch.cat(
+                [
+                    linear.bias.detach() if linear.bias is not None else packed.new_zeros(linear.out_features).float()
+                    for linear in linears
+                ]
+            )
+        sizes = [linear.out_features for linear in linears]
+        return cls(packed, bias, scheme.layout, linears[0].in_features, sizes, biased, scheme.compute)
+
+    def take(self, index: int, x: Tensor) -> Tensor:
+        """Return output `index` for x: computed with all others when x is new, handed out when a sibling computed it.
+
+        The very same tensor object is meant, unchanged since. Results that were handed out are released here.
+        """
+        pending = self._pending
+        if pending is not None and pending.x is x and pending.version == _version(x):
+            out = pending.outs[index]
+            if out is not None:
+                pending.outs[index] = None
+                pending.left -= 1
+                if pending.left == 0:
+                    self._pending = None
+                return out
+        whole = _quant_linear(
+            x, self.packed, self.bias, None, self.layout_text, self.out_features, self.compute, "none"
+        )
+        outs: list[Tensor | None] = list(whole.split_with_sizes(self.sizes, -1))
+        out, outs[index] = outs[index], None
+        self._pending = _Pending(x, _version(x), outs, len(outs) - 1)
+        assert out is not None
+        return out
+
+    def member_bias(self, index: int) -> Tensor | None:
+        """Return the bias of one linear."""
+        if self.bias is None or not self.biased[index]:
+            return None
+        return self.bias.split_with_sizes(self.sizes)[index].clone()
+
+    def member_canonical(self, index: int) -> Canonical:
+        """Return the canonical tensors of one linear."""
+        return narrow(self.canonical(), sum(self.sizes[:index]), self.sizes[index])
+
+    def set_member(self, index: int, part: Canonical, bias: Tensor | None) -> None:
+        """Replace one linear."""
+        whole = self.canonical()
+        start = sum(self.sizes[:index])
+        for old, new in zip(whole, part, strict=True):
+            if old is not None:
+                old[start : start + self.sizes[index]] = new
+        self.packed.copy_(pack(whole, self.layout, self.in_features))
+        if self.bias is not None and bias is not None:
+            self.bias.data[start : start + self.sizes[index]] = bias
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without results that nobody took."""
+        return {**self.__dict__, "_pending": None}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        return  # the members write
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        return  # the members read
+
+
+class SiblingLinear(nn.Module):
+    """One linear of a `LinearGroup`, under its original name. The group is a submodule of the first sibling only."""
+
+    def __init__(self, group: LinearGroup, index: int) -> None:
+        """Refer to the group."""
+        super().__init__()
+        self.index = index
+        self.in_features, self.out_features = group.in_features, group.sizes[index]
+        if index == 0:
+            self.group = group
+        else:
+            self.__dict__["group"] = group  # no second registration: parameters are counted and moved once
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., N] in the dtype of x [..., K]."""
+        return self.group.take(self.index, x)
+
+    def dequantized(self) -> Tensor:
+        """Return the float32 weight [N, K] that this layer stands for."""
+        return self.group.dequantized().split_with_sizes(self.group.sizes)[self.index]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        write_state(destination, prefix, self.group.member_canonical(self.index), self.group.member_bias(self.index))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        group = self.group
+        try:
+            part, _ = read_state(state_dict, prefix, group.layout, self.out_features, self.in_features)
+            bias = state_dict[prefix + "bias"] if group.biased[self.index] else None
+            group.set_member(self.index, part, bias)
+        except (RuntimeError, KeyError) as error:
+            errors.append(f"{prefix[:-1]}: {error}")
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, shared weight, part {self.index}"

@@ -1,0 +1,170 @@
+"""`optimize`: a Hugging Face model in, the same model faster out."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import attention
+from .convert import CacheSetup, Converter, share_copy, weight_bytes
+from .linear import QuantLinear, SiblingLinear
+from .plan import Plan, Planner, check_weights
+from .quantization import WeightOnlyQuantConfig
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def optimize(
+    model: Any,
+    optimizer: Any = None,
+    dtype: torch.dtype | None = None,
+    inplace: bool = False,
+    device: str = "cpu",
+    quantization_config: WeightOnlyQuantConfig | None = None,
+    qconfig_summary_file: str | None = None,
+    low_precision_checkpoint: Any = None,
+    sample_inputs: Any = None,
+    deployment_mode: bool = True,
+    strict: bool = False,
+) -> Any:
+    """Return the model with its linears, norms, rotations, feed-forward parts, attention and cache run by llmrt's operators.
+
+    The result is of the same Hugging Face class: generate, pipelines, streamers, beam search, assisted generation and
+    save_pretrained keep working. `result.optimization_report` says per module what was replaced and what was not and why. Everything
+    that can be checked is checked before the first change, so a refused model is as it was.
+
+    Args:
+        model: a transformers model with a decoder and a language-model head, in eval mode, on the CPU.
+        optimizer: must be None; this is for inference.
+        dtype: float32, bfloat16 or float16 for everything that stays floating point; None: as it is.
+        inplace: False returns a copy that shares the floating-point weights that stay; the given model stays usable and unchanged.
+            True changes the given model and frees every float weight as soon as it is quantized: the peak is the model plus one
+            weight. Should memory run out in the middle of that, the model is marked unusable and an error says so.
+        device: "cpu" or "xpu".
+        quantization_config: a `WeightOnlyQuantConfig`, or None for floating point.
+        qconfig_summary_file: for static INT8, not here yet.
+        low_precision_checkpoint: not here yet.
+        sample_inputs: reserved for the captured graph; not read.
+        deployment_mode: True will run a captured graph; for now both values run eager modules.
+        strict: raise `OptimizationError`, with the reasons, if anything would stay unoptimized that has a faster form.
+
+    Returns:
+        The optimized model.
+
+    Raises:
+        ValueError: an argument is unusable; the message says which and what would be valid.
+        OptimizationError: see strict.
+        RuntimeError: the device is absent.
+    """
+    _check_arguments(
+        model, optimizer, dtype, device, quantization_config, qconfig_summary_file, low_precision_checkpoint
+    )
+    plan = Planner(model, quantization_config).plan()
+    _plan_attention(model, plan)
+    _plan_embeddings(model, plan)
+    check_weights(model, plan)
+    if strict:
+        plan.report.raise_if_unoptimized()
+    plan.report.bytes_before = weight_bytes(model)
+    result = model if inplace else share_copy(model)
+    Converter(result, plan, dtype, keep=not inplace).run()
+    if any(e.kind == "attention" and e.by for e in plan.report.entries):
+        result.set_attn_implementation(attention.NAME)
+    if any(e.kind == "cache" and e.by for e in plan.report.entries):
+        result._prepare_cache_for_generation = CacheSetup(result)
+    plan.report.bytes_after = weight_bytes(result)
+    result.optimization_report = plan.report
+    if quantization_config is not None:
+        from .checkpoints import mark_quantized
+
+        mark_quantized(result, quantization_config)
+    return result
+
+
+def _check_arguments(
+    model: Any,
+    optimizer: Any,
+    dtype: Any,
+    device: Any,
+    quantization_config: Any,
+    qconfig_summary_file: Any,
+    low_precision_checkpoint: Any,
+) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a {type(model).__name__}; expected a transformers PreTrainedModel")
+    if getattr(model, "optimization_report", None) is not None:
+        raise ValueError("the model is optimized already; call optimize on the original model")
+    if optimizer is not None:
+        raise ValueError("optimizer must be None: llmrt optimizes for inference only")
+    if model.training or any(m.training for m in model.modules()):
+        raise ValueError("the model is in training mode; call model.eval() first")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} has no language-model head; load it as a CausalLM class")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype}; valid: torch.float32, torch.bfloat16, torch.float16")
+    _check_device(device)
+    _check_tensors(model, dtype)
+    if qconfig_summary_file is not None:
+        raise ValueError("qconfig_summary_file is for static INT8, which is not here yet; use WeightOnlyQuantConfig")
+    if low_precision_checkpoint is not None:
+        raise ValueError(
+            "low_precision_checkpoint is not here yet; load the floating-point model and pass a WeightOnlyQuantConfig"
+        )
+    if quantization_config is not None and not isinstance(quantization_config, WeightOnlyQuantConfig):
+        raise ValueError(
+            f"quantization_config is a {type(quantization_config).__name__}; valid: llm.WeightOnlyQuantConfig or None"
+        )
+
+
+def _check_device(device: Any) -> None:
+    kind = str(device).partition(":")[0]
+    if kind not in ("cpu", "xpu"):
+        raise ValueError(f"device is {device!r}; valid: 'cpu', 'xpu'")
+    if kind == "xpu":
+        if not torch.xpu.is_available():
+            raise RuntimeError("device is 'xpu', but torch sees no XPU here (torch.xpu.is_available() is False)")
+        raise RuntimeError("device is 'xpu', but llmrt has no XPU kernels yet; use device='cpu'")
+
+
+def _check_tensors(model: Any, dtype: torch.dtype | None) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name} is on {tensor.device}; expected a model on the CPU (load it with device_map='cpu')"
+            )
+    for name, parameter in model.named_parameters():
+        if dtype is None and parameter.is_floating_point() and parameter.dtype not in _DTYPES:
+            raise ValueError(f"{name} has dtype {parameter.dtype}; pass dtype=torch.float32, bfloat16 or float16")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear | SiblingLinear):
+            raise ValueError(f"{name} is quantized by llmrt already")
+
+
+def _plan_attention(model: Any, plan: Plan) -> None:
+    """Add the attention interface and the cache to the report."""
+    if model.config.is_encoder_decoder or not model._can_set_attn_implementation():
+        reason = f"{type(model).__name__} does not go through transformers' attention interface"
+        plan.report.add("", "attention", reason=reason, expected=False)
+        plan.report.add("", "cache", reason="needs the attention interface", expected=False)
+        return
+    plan.report.add("", "attention", "ops.attention")
+    prepare = getattr(type(model), "_prepare_cache_for_generation", None)
+    if prepare is None:
+        plan.report.add("", "cache", reason=f"{type(model).__name__} cannot generate")
+        return
+    wanted = list(inspect.signature(CacheSetup.__call__).parameters)
+    if list(inspect.signature(prepare).parameters) != wanted:
+        reason = "this transformers release prepares caches in another way"
+        plan.report.add("", "cache", reason=reason, expected=False)
+        return
+    plan.report.add("", "cache", "KVCache in generate")
+
+
+def _plan_embeddings(model: Any, plan: Plan) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            plan.report.add(name, "embedding", reason="a table look-up: stays as it is")

@@ -1,0 +1,340 @@
+"""Decides what `optimize` will replace, and checks everything that could fail, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import probe
+from .families import FAMILIES, Family, Gated, GatedFused, Plain, find_family
+from .linear import CanonicalLinear, Scheme
+from .mlp import GATED_ACTIVATIONS
+from .norm import is_layer_norm, rms_norm_eps
+from .quantization import WeightOnlyQuantConfig
+from .report import OptimizationReport
+from .rope import called_rotation
+
+
+@dataclass(frozen=True)
+class Step:
+    """One replacement.
+
+    Args:
+        kind: norm, rope, gated, fold, group, linear: what llm/convert.py does.
+        names: full names of the modules; for gated and fold the owner comes first.
+        offset: of an RMS norm; None for a layer norm.
+        function: global name of the rotation.
+        style: of the rotation.
+        activation: of an MLP.
+        schemes: of the linears, one per linear; empty when they stay floating point.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    offset: float | None = None
+    function: str = ""
+    style: str = ""
+    activation: str = ""
+    schemes: tuple[Scheme, ...] = ()
+
+
+@dataclass
+class Plan:
+    """Steps in order, and the report that is true once they are done."""
+
+    report: OptimizationReport
+    steps: list[Step] = field(default_factory=list)
+    quantization: WeightOnlyQuantConfig | None = None
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Return whether a module is a plain linear layer, or one as a checkpoint stores it."""
+    return isinstance(module, CanonicalLinear) or (
+        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    )
+
+
+class Planner:
+    """Walks a model once per seam; `plan()` gives the result."""
+
+    def __init__(self, model: Any, quantization: WeightOnlyQuantConfig | None) -> None:
+        """Find the model's row."""
+        self.model = model
+        self.quantization = quantization
+        config = model.config.get_text_config(decoder=True)
+        self.family = find_family(config.model_type)
+        #: Rows whose names may apply: the model's own, or all of them, each claim subject to its probe.
+        self.rows: list[Family] = [self.family] if self.family else list(FAMILIES.values())
+        self.report = OptimizationReport(self.family.model_type if self.family else None, config.model_type)
+        self.plan_ = Plan(self.report, quantization=quantization)
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        seen: dict[int, int] = {}
+        for _, module in model.named_modules(remove_duplicate=False):
+            seen[id(module)] = seen.get(id(module), 0) + 1
+        self.shared = {key for key, count in seen.items() if count > 1}
+        self.probed: dict[Any, Any] = {}
+        self.taken: set[str] = set()  # linears that an MLP or group uses
+
+    def plan(self) -> Plan:
+        """Return the plan."""
+        self._norms()
+        self._rotations()
+        self._mlps()
+        if self.quantization is not None:
+            self._siblings()
+            self._linears()
+            self._unmatched_exclusions()
+        else:
+            self._float_linears()
+        return self.plan_
+
+    def _once(self, key: Any, function: Callable[[], Any]) -> Any:
+        """Return function(), asked once per key: a probe's result holds for a class."""
+        if key not in self.probed:
+            self.probed[key] = function()
+        return self.probed[key]
+
+    def _obstacle(self, module: nn.Module) -> str | None:
+        """Return why a module may not be swapped at all, or None."""
+        if id(module) in self.shared:
+            return "the module is used in several places"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "the module has forward hooks"
+        return None
+
+    def _norms(self) -> None:
+        offsets = {"rms": 0.0, "rms_offset": 1.0}
+        wanted = [offsets[r.norm] for r in self.rows if r.norm in offsets]
+        for name, module in self.modules.items():
+            if is_layer_norm(module):
+                step, by = Step("norm", (name,)), "ops.layer_norm"
+            elif (eps := rms_norm_eps(module)) is not None:
+                offset = next(
+                    (
+                        o
+                        for o in dict.fromkeys(wanted)
+                        if self._once((type(module), eps, o), lambda m=module, o=o: probe.probe_rms_norm(m, o))
+                    ),
+                    None,
+                )
+                if offset is None:
+                    reason = f"{type(module).__name__} does not compute an RMS norm of a known form"
+                    self.report.add(name, "norm", reason=reason, expected=False)
+                    continue
+                step, by = Step("norm", (name,), offset=offset), "ops.rms_norm"
+            else:
+                continue
+            self._add(step, module, "norm", by)
+
+    def _add(self, step: Step, module: nn.Module, kind: str, by: str) -> bool:
+        obstacle = self._obstacle(module)
+        self.report.add(step.names[0], kind, None if obstacle else by, obstacle, expected=obstacle is None)
+        if obstacle is None:
+            self.plan_.steps.append(step)
+        return obstacle is None
+
+    def _rotations(self) -> None:
+        for name, module in self.modules.items():
+            for function, styles in self._rotation_names().items():
+                found = called_rotation(type(module), function)
+                if found is None:
+                    continue
+                if isinstance(found, str):
+                    self.report.add(name, "rope", reason=found, expected=False)
+                    continue
+                style = next(
+                    (s for s in styles if self._once((found, s), lambda f=found, s=s: probe.probe_rotation(f, s))), None
+                )
+                if style is None:
+                    reason = f"{function} of {type(module).__module__} is not a rotation of a known style"
+                    self.report.add(name, "rope", reason=reason, expected=False)
+                    continue
+                self.plan_.steps.append(Step("rope", (name,), function=function, style=style))
+                self.report.add(name, "rope", f"ops.rope ({style})")
+        if self.family and self.family.rope and not any(s.kind == "rope" for s in self.plan_.steps):
+            reason = f"no attention module calls {self.family.rope_function}"
+            self.report.add("", "rope", reason=reason, expected=False)
+
+    def _rotation_names(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.rope and row.rope not in names.setdefault(row.rope_function, []):
+                names[row.rope_function].append(row.rope)
+        return names
+
+    def _owners(self, attributes: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+        """Yield modules that have linears under all these attribute names."""
+        for name, module in self.modules.items():
+            if all(is_linear(module._modules.get(a)) for a in attributes):
+                yield name, module
+
+    def _mlps(self) -> None:
+        for kind in dict.fromkeys(row.mlp for row in self.rows):
+            if isinstance(kind, Plain):
+                self._plain(kind)
+            else:
+                self._gated(kind)
+
+    def _gated(self, kind: Gated | GatedFused) -> None:
+        names = (kind.gate, kind.up, kind.down) if isinstance(kind, Gated) else (kind.gate_up, kind.down)
+        for owner, module in self._owners(names):
+            full = tuple(_join(owner, n) for n in names)
+            if self.taken.intersection(full):
+                continue
+            activation = self._activation(module, kind.activation)
+            if activation not in GATED_ACTIVATIONS:
+                self._remark(owner, f"its activation is not one of {', '.join(GATED_ACTIVATIONS)}")
+                continue
+            key = (type(module), names, activation)
+            if not self._once(key, lambda m=module, n=names, a=activation: probe.probe_gated(m, n, a)):
+                self._remark(owner, f"{type(module).__name__} does not compute down({activation}(gate) * up)")
+                continue
+            schemes = tuple(s for s in (self._scheme(n) for n in full) if s is not None)
+            together = len(schemes) == len(full) and len(set(schemes[:-1])) == 1
+            if self.quantization is not None and not together:
+                self._remark(owner, "modules_to_not_convert keeps some of its linears", expected=True)
+                continue
+            by = (
+                f"ops.quant_linear (epilogue {activation}_mul)"
+                if schemes
+                else f"ops.{activation}_mul".replace("_tanh", "")
+            )
+            step = Step("gated", (owner, *full), activation=activation, schemes=schemes)
+            hooked = next((o for n in full if (o := self._obstacle(self.modules[n])) is not None), None)
+            if hooked is not None:
+                self._remark(owner, f"of one of its linears: {hooked}")
+            elif self._add(step, module, "mlp", by):
+                self.taken.update(full if schemes else ())
+
+    def _plain(self, kind: Plain) -> None:
+        for owner, module in self._owners((kind.first, kind.second)):
+            full = (_join(owner, kind.first), _join(owner, kind.second))
+            if self.taken.intersection(full):
+                continue
+            scheme = self._scheme(full[0])
+            if scheme is None:
+                if self.quantization is None:
+                    self.report.add(owner, "mlp", reason="floating point: torch's linear and activation are used")
+                continue
+            activation = self._activation(module, kind.activation)
+            key = (type(module), kind)
+            if activation is None or kind.activation not in module._modules:
+                self._remark(owner, f"its activation is not one of {', '.join(probe.ACTIVATIONS)}")
+            elif not self._once(key, lambda m=module: probe.probe_fold(m, kind.first, kind.activation, kind.second)):
+                self._remark(owner, f"{type(module).__name__} does more between its linears than the activation")
+            elif (obstacle := self._obstacle(module._modules[kind.first])) is not None:  # type: ignore[arg-type]
+                self._remark(owner, obstacle)
+            else:
+                names = (owner, full[0], _join(owner, kind.activation))
+                self.plan_.steps.append(Step("fold", names, activation=activation, schemes=(scheme,)))
+                self.report.add(full[0], "linear", f"QuantLinear {scheme.layout}, epilogue {activation}")
+                self.taken.add(full[0])
+
+    def _remark(self, owner: str, reason: str, expected: bool = False) -> None:
+        self.report.add(owner, "mlp", reason=reason, expected=expected)
+
+    def _activation(self, module: nn.Module, attribute: str) -> str | None:
+        function = getattr(module, attribute, None)
+        if function is None:
+            return None
+        return self._once(("activation", type(function), repr(function)), lambda: probe.probe_activation(function))
+
+    def _scheme(self, name: str) -> Scheme | None:
+        """Return how a linear is quantized, or None when it stays floating point."""
+        config, module = self.quantization, self.modules[name]
+        if config is None or config.excluded_by(name) is not None:
+            return None
+        if isinstance(module, CanonicalLinear):
+            return Scheme(module.layout, config.compute)
+        if module is self.model.get_output_embeddings():
+            layout = config.head_layout()
+            return None if layout is None else Scheme(layout, config.compute)
+        return Scheme(config.layout(), config.compute, config.fullrange)
+
+    def _siblings(self) -> None:
+        groups = dict.fromkeys(row.siblings for row in self.rows if row.siblings)
+        gates = dict.fromkeys((r.mlp.gate, r.mlp.up) for r in self.rows if isinstance(r.mlp, Gated))
+        for attributes in (*groups, *gates):
+            for owner, module in self._owners(attributes):
+                self._sibling_group(owner, module, attributes)
+
+    def _sibling_group(self, owner: str, module: nn.Module, attributes: tuple[str, ...]) -> None:
+        schemes = {_join(owner, a): self._scheme(_join(owner, a)) for a in attributes}
+        names = [n for n, s in schemes.items() if s is not None and n not in self.taken]
+        same = len({schemes[n] for n in names}) == 1 and len({self.modules[n].in_features for n in names}) == 1
+        if len(names) < 2 or not same or any(self._obstacle(self.modules[n]) for n in names):
+            return
+        scheme = schemes[names[0]]
+        assert scheme is not None
+        self.plan_.steps.append(Step("group", tuple(names), schemes=(scheme,)))
+        self.taken.update(names)
+        for name in names:
+            self.report.add(name, "linear", f"QuantLinear {scheme.layout}, one weight for {len(names)} siblings")
+
+    def _linears(self) -> None:
+        head = self.model.get_output_embeddings()
+        for name, module in self.modules.items():
+            if name in self.taken or not isinstance(module, nn.Linear | CanonicalLinear):
+                continue
+            kind = "head" if module is head else "linear"
+            assert self.quantization is not None
+            scheme = self._scheme(name)
+            if (entry := self.quantization.excluded_by(name)) is not None:
+                self.report.add(name, kind, reason=f"modules_to_not_convert has {entry!r}")
+            elif not is_linear(module):
+                reason = f"{type(module).__name__} has a forward of its own"
+                self.report.add(name, kind, reason=reason, expected=False)
+            elif scheme is None:
+                self.report.add(name, kind, reason="lm_head=False")
+            else:
+                by = f"QuantLinear {scheme.layout}"
+                if kind == "head" and self._tied(module):
+                    by += " (the embedding that it was tied to stays floating point)"
+                self._add(Step("linear", (name,), schemes=(scheme,)), module, kind, by)
+
+    def _tied(self, head: nn.Module) -> bool:
+        embedding = self.model.get_input_embeddings()
+        return getattr(head, "weight", None) is getattr(embedding, "weight", 0)
+
+    def _float_linears(self) -> None:
+        for name, module in self.modules.items():
+            if isinstance(module, CanonicalLinear):
+                raise ValueError(f"{name} holds a quantized checkpoint; pass its quantization_config")
+            if isinstance(module, nn.Linear):
+                self.report.add(name, "linear", reason="floating point: torch's linear is used")
+
+    def _unmatched_exclusions(self) -> None:
+        assert self.quantization is not None
+        names = [n for n, m in self.modules.items() if isinstance(m, nn.Linear | CanonicalLinear)]
+        for entry in self.quantization.modules_to_not_convert or ():
+            alone = WeightOnlyQuantConfig(modules_to_not_convert=[entry])
+            if not any(alone.excluded_by(n) for n in names):
+                raise ValueError(f"modules_to_not_convert has {entry!r}, which matches no linear of the model")
+
+
+def check_weights(model: nn.Module, plan: Plan) -> None:
+    """Raise ValueError if a weight that will be quantized is not a finite floating matrix."""
+    modules = dict(model.named_modules())
+    for step in plan.steps:
+        for name in step.names if step.schemes else ():
+            module = modules[name]
+            if isinstance(module, CanonicalLinear):
+                try:
+                    part = module.canonical()
+                except RuntimeError as error:
+                    raise ValueError(f"{name}: {error}") from None
+                if not bool(torch.isfinite(part.scales).all()):
+                    raise ValueError(f"{name}.scales has NaN or infinite values")
+            elif isinstance(module, nn.Linear):
+                for rows in module.weight.detach().split(max(1, (1 << 24) // max(1, module.in_features))):
+                    # a float64 sum of finite float32 values is finite
+                    if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
+                        raise ValueError(f"{name}.weight has NaN or infinite values; it cannot be quantized")
+
+
+def _join(owner: str, attribute: str) -> str:
+    return f"{owner}.{attribute}" if owner else attribute

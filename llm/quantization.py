@@ -1,0 +1,151 @@
+"""What `optimize` is told about quantization."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..ops.formats import FORMATS, SCALE_DTYPES, Layout
+from ..ops.linear import COMPUTES
+
+QUANT_METHOD = "llmrt"
+#: Spellings of the predecessors: weight dtype -> (format, every code used).
+_SPELLINGS = {
+    "int4_clip": ("int4", False),
+    "int4_fullrange": ("int4", True),
+    "s4": ("int4", False),
+    "s8": ("int8", False),
+}
+_SCALE_SPELLINGS = {"fp32": "f32", "float32": "f32", "bfloat16": "bf16", "fp16": "f16", "float16": "f16"}
+#: The head's logits decide the token, see WeightOnlyQuantConfig.lm_head.
+HEAD_LAYOUT = Layout("int8", False, -1, torch.float32)
+
+
+@dataclass
+class WeightOnlyQuantConfig(QuantizationConfigMixin):
+    """Weight-only quantization: weights of linear layers in few bits, activations in floating point between layers.
+
+    Args:
+        weight_dtype: "int4" or "int8". Also "int4_clip" (= int4: scale absmax / 7) and "int4_fullrange" (scale from the signed
+            extreme / -8, so that all 16 codes are used).
+        compute_dtype: of the product: "int8" (activations rounded to 8 bits per row and group), "bf16", "fp16", "fp32", or
+            "auto" = int8, the fastest on every CPU.
+        scale_dtype: "bf16", "fp32" or "fp16".
+        scheme: "sym" or "asym" (a zero point per group).
+        group_size: input features that share a scale: 32, 64, 128, any number from 8 on, or -1 for whole rows.
+        method: "rtn", rounding to nearest.
+        modules_to_not_convert: names, parts of names ("q_proj", "layers.0") or patterns ("*.mlp.*") of linears that stay as they
+            are.
+        lm_head: the output head. True or "int8" (default): INT8, one float32 scale per row, symmetric. The head's logits decide
+            the token and it is read in whole for each one: 8 bits are lossless in practice
+            and halve the 525 MB that a bfloat16 head of 128k x 2048 reads per token. "int4": as the other linears. False:
+            stays floating point. Embeddings always stay floating point, also when the head was tied to them.
+        fullrange: what "int4_fullrange" sets.
+        floating_modules: full names of the linears that a saved model keeps floating point; written at saving.
+        quant_method: "llmrt", how transformers finds the reader.
+        alg: the predecessors' name of scheme.
+        load_in_4bit, load_in_8bit: the predecessors' way to say int4 or int8.
+        use_ggml: Q4_0 / Q8_0 numbers: groups of 32, float16 scales, symmetric.
+        use_gptq: not here yet; raises.
+
+    Raises:
+        ValueError: a value is outside these; the message lists those that exist.
+    """
+
+    weight_dtype: str = "int4"
+    compute_dtype: str = "auto"
+    scale_dtype: str = "bf16"
+    scheme: str = "sym"
+    group_size: int = 128
+    method: str = "rtn"
+    modules_to_not_convert: list[str] | None = None
+    lm_head: bool | str = True
+    fullrange: bool = False
+    floating_modules: list[str] | None = None
+    quant_method: str = QUANT_METHOD
+    alg: str | None = field(default=None, repr=False)
+    load_in_4bit: bool = field(default=False, repr=False)
+    load_in_8bit: bool = field(default=False, repr=False)
+    use_ggml: bool = field(default=False, repr=False)
+    use_gptq: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Translate the spellings and check every value."""
+        _one_of("quant_method", self.quant_method, (QUANT_METHOD,))
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both True; pass one")
+        if self.load_in_8bit:
+            self.weight_dtype = "int8"
+        elif self.load_in_4bit and not str(self.weight_dtype).startswith("int4"):
+            self.weight_dtype = "int4"
+        self.scheme = self.alg or self.scheme
+        if self.weight_dtype in _SPELLINGS:
+            self.weight_dtype, self.fullrange = _SPELLINGS[self.weight_dtype]
+        if self.use_ggml:
+            self.group_size, self.scale_dtype, self.scheme, self.fullrange = (
+                32,
+                "fp16",
+                "sym",
+                self.weight_dtype == "int4",
+            )
+        self.alg, self.load_in_4bit, self.load_in_8bit, self.use_ggml = None, False, False, False
+        self.scale_dtype = _SCALE_SPELLINGS.get(self.scale_dtype, self.scale_dtype)
+        _one_of("weight_dtype", self.weight_dtype, (*FORMATS, "int4_clip", "int4_fullrange"))
+        _one_of("compute_dtype", self.compute_dtype, ("auto", *COMPUTES))
+        _one_of("scale_dtype", self.scale_dtype, (*SCALE_DTYPES, "bf16", "fp32", "fp16"))
+        _one_of("scheme", self.scheme, ("sym", "asym"))
+        _one_of("method", self.method, ("rtn",))
+        _one_of("lm_head", self.lm_head, (True, False, "int8", "int4"))
+        if self.use_gptq:
+            raise ValueError(
+                "use_gptq: GPTQ checkpoints cannot be read yet; load the floating-point model, method='rtn'"
+            )
+        if self.fullrange and self.scheme == "asym":
+            raise ValueError("fullrange (int4_fullrange) is symmetric; scheme 'asym' uses every code anyway")
+        if isinstance(self.modules_to_not_convert, str):
+            self.modules_to_not_convert = [self.modules_to_not_convert]
+        try:
+            self.layout()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+
+    def layout(self) -> Layout:
+        """Return the layout of the linears other than the head."""
+        return Layout(self.weight_dtype, self.scheme == "asym", self.group_size, SCALE_DTYPES[self.scale_dtype])
+
+    def head_layout(self) -> Layout | None:
+        """Return the layout of the head, or None when it stays floating point."""
+        if self.lm_head is False:
+            return None
+        if self.lm_head == "int4":
+            return replace(self.layout(), weight_dtype="int4")
+        return HEAD_LAYOUT
+
+    @property
+    def compute(self) -> str:
+        """The compute that "auto" stands for."""
+        return "int8" if self.compute_dtype == "auto" else self.compute_dtype
+
+    def excluded_by(self, name: str) -> str | None:
+        """Return the entry of modules_to_not_convert that matches a module's full name, or None."""
+        if name in (self.floating_modules or ()):
+            return name
+        for entry in self.modules_to_not_convert or ():
+            if fnmatch.fnmatchcase(name, entry) or re.search(rf"(^|\.){re.escape(entry)}(\.|$)", name):
+                return entry
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a config.json holds; `WeightOnlyQuantConfig(**d)` gives the same configuration back."""
+        gone = ("alg", "load_in_4bit", "load_in_8bit", "use_ggml", "use_gptq")
+        return {key: value for key, value in asdict(self).items() if key not in gone}
+
+
+def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
+    if not any(value is v or (type(value) is type(v) and value == v) for v in valid):
+        raise ValueError(f"{name} is {value!r}; valid: {', '.join(repr(v) for v in dict.fromkeys(valid))}")
