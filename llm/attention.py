@@ -61,14 +61,18 @@ def attention_mask(
     """Return the mask for `attention_forward` (transformers' AttentionMaskInterface).
 
     Returns:
-        None, bool [B, T] (True = attend), or bool [B, 1, S, T] which then says everything, causality included.
+        None, bool [B, at least T] (True = attend) of which the last T columns belong to the keys, or bool [B, 1, S, T] which then
+        says everything, causality included.
     """
+    if q_length == 0:
+        raise ValueError("the input has no token; pass at least one")
     newest = isinstance(q_offset, int) and kv_offset + kv_length == q_offset + q_length
     if newest and is_causal_pattern(mask_function):
         if attention_mask is None:
             return None
         if attention_mask.shape[-1] >= kv_offset + kv_length:
-            padding = attention_mask[:, kv_offset : kv_offset + kv_length]
+            # whole from the first token on: generate may hand the result to this function again
+            padding = attention_mask[:, : kv_offset + kv_length]
             return None if bool(padding.all()) else padding
     return sdpa_mask(
         batch_size=batch_size,
@@ -107,7 +111,7 @@ def attention_forward(
         query: [B, H, S, D].
         key: [B, Hk, T, D]; a view that a `KVCache` returned carries its layer, and the cache is then read in place.
         value: [B, Hk, T, Dv].
-        attention_mask: None, bool [B, T], or bool or float [B | 1, 1 | H, S, T].
+        attention_mask: None, bool [B, at least T] (the last T columns count), or bool or float [B | 1, 1 | H, S, T].
         scaling: of the scores; None: 1 / sqrt(D).
         sliding_window: tokens that a query sees, itself included; not applied with a mask of four dimensions.
         softcap: c of c * tanh(s / c) on the scores.
@@ -131,9 +135,12 @@ def attention_forward(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     causal, window = True, sliding_window or 0
-    if attention_mask is not None and attention_mask.dim() == 4:
-        causal, window = False, 0
-    elif is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
+    if attention_mask is not None:
+        if attention_mask.dim() == 4:
+            causal, window = False, 0
+        elif (older := attention_mask.shape[1] - key.shape[2]) > 0:
+            attention_mask = attention_mask[:, older:]
+    if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
         causal = False
     query = query.transpose(1, 2)
     layer = getattr(key, "_llmrt_layer", None)

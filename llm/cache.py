@@ -142,7 +142,7 @@ class KVLayer(CacheLayerMixin):
         )
         self.length = end
         if rows.table is not None and not rows.read_by_llmrt():
-            return self.keys, self.values
+            return self._logical(self.key_cache), self._logical(self.value_cache)
         keys, values = self.key_cache.narrow(2, 0, end), self.value_cache.narrow(2, 0, end)
         keys._llmrt_layer = self  # type: ignore[attr-defined]
         return keys, values

@@ -17,6 +17,7 @@ from .linear import CanonicalLinear, LinearGroup, QuantLinear, SiblingLinear
 from .mlp import GatedMLP, QuantGatedMLP
 from .norm import convert_norm
 from .plan import Plan, Step
+from .positions import with_limit
 from .rope import with_rotation
 
 
@@ -46,8 +47,8 @@ class Converter:
         """Carry the plan out.
 
         Raises:
-            RuntimeError: something failed. A model converted in place is as it was, unless float weights were freed already (out of
-                memory while quantizing): then it is marked unusable, and the message says so.
+            RuntimeError: something failed. A model converted in place is as it was, unless weights were freed already (out of memory
+                while quantizing or converting): then it is marked unusable, and the message says so.
         """
         try:
             quantizing = [s for s in self.plan.steps if s.schemes]
@@ -69,7 +70,7 @@ class Converter:
 
     def _refuse(self, error: BaseException) -> None:
         message = (
-            f"optimize(inplace=True) failed ({error!r}) after {len(self.freed)} weights were quantized and their float values "
+            f"optimize(inplace=True) failed ({error!r}) after {len(self.freed)} weights were converted and their old values "
             "freed; this model object is unusable, load it again (inplace=False keeps the given model whole)"
         )
 
@@ -100,14 +101,20 @@ class Converter:
         module.__class__ = with_rotation(old, step.function, step.style)
         self.undo.append(lambda: setattr(module, "__class__", old))
 
+    def _positions(self, step: Step) -> None:
+        module = self.model.get_submodule(step.names[0])
+        old = type(module)
+        module.__class__ = with_limit(old)
+        self.undo.append(lambda: setattr(module, "__class__", old))
+
     def _gated(self, step: Step) -> None:
         owner, *names = step.names
         linears = {name.rpartition(".")[2]: self.model.get_submodule(name) for name in names}
         if not step.schemes:
             self._set(owner, GatedMLP(linears, step.activation))
             return
-        down = QuantLinear.from_linear(linears[names[-1].rpartition(".")[2]], step.schemes[-1])  # type: ignore[arg-type]
-        new = QuantGatedMLP.from_linears(linears, step.activation, step.schemes[0], down)  # type: ignore[arg-type]
+        down = QuantLinear.from_linear(linears[names[-1].rpartition(".")[2]], step.schemes[-1])
+        new = QuantGatedMLP.from_linears(linears, step.activation, step.schemes[0], down)
         self._set(owner, new)
 
     def _fold(self, step: Step) -> None:
@@ -141,20 +148,21 @@ class Converter:
             self.undo.append(lambda: setattr(self.model, "all_tied_weights_keys", tied))
 
     def _dtype(self) -> None:
-        """Convert parameters and saved buffers; values that a model derives from its configuration stay as they are."""
+        """Convert parameters; buffers, which a model derives from its configuration (RoPE frequencies), stay as they are."""
         if self.dtype is None:
             return
         done: dict[int, nn.Parameter] = {}
         for module in self.model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is None or not parameter.is_floating_point() or parameter.dtype == self.dtype:
+            for name, old in module._parameters.items():
+                if old is None or not old.is_floating_point() or old.dtype == self.dtype:
                     continue
-                if id(parameter) not in done:
-                    new = nn.Parameter(parameter.detach().to(self.dtype), parameter.requires_grad)
-                    done[id(parameter)] = new
-                    self.undo.append(lambda p=parameter, n=new: None)  # type: ignore[misc]
-                module._parameters[name] = done[id(parameter)]
-                self.undo.append(lambda m=module, n=name, p=parameter: m._parameters.__setitem__(n, p))  # type: ignore[misc]
+                if not self.keep:  # one at a time: the old values are freed
+                    self.freed.append(name)
+                    old.data = old.data.to(self.dtype)
+                    continue
+                if id(old) not in done:  # tied parameters stay tied
+                    done[id(old)] = nn.Parameter(old.detach().to(self.dtype), old.requires_grad)
+                module._parameters[name] = done[id(old)]
         for part in (self.model.config, self.model.config.get_text_config(decoder=True)):
             old = part.dtype
             part.dtype = self.dtype
@@ -166,13 +174,13 @@ class CacheSetup:
 
     def __init__(self, model: Any) -> None:
         """Refer to the model weakly, so that deleting it frees it."""
-        self._model = weakref.ref(model)
+        self._model: weakref.ref[Any] = weakref.ref(model)
 
     def __call__(
         self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
         """Put a cache into model_kwargs, as the method of transformers' GenerationMixin does."""
-        model = self._model()
+        model: Any = self._model()
         ours = (
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False

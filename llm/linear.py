@@ -58,6 +58,11 @@ class CanonicalLinear(nn.Module):
         device: of the empty buffers made here.
     """
 
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -72,13 +77,17 @@ class CanonicalLinear(nn.Module):
         self.in_features, self.out_features, self.layout = in_features, out_features, layout
         groups = layout.geometry(in_features).groups
         width = -(-in_features * layout.format.bits // 8)
-        empty = {"dtype": torch.uint8, "device": device}
-        self.register_buffer("qweight", torch.empty((out_features, width), **empty))  # type: ignore[arg-type]
+        self.register_buffer("qweight", torch.empty((out_features, width), dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.empty((out_features, groups), dtype=layout.scale_dtype, device=device))
-        zeros = torch.empty((out_features, groups), **empty) if layout.asymmetric else None  # type: ignore[arg-type]
+        zeros = torch.empty((out_features, groups), dtype=torch.uint8, device=device) if layout.asymmetric else None
         self.register_buffer("zeros", zeros)
         made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
         self.register_parameter("bias", made)
+
+    @property
+    def weight(self) -> Tensor:
+        """A meta tensor [N, K]: transformers may initialize a linear's weight while it loads, which then does nothing."""
+        return torch.empty((self.out_features, self.in_features), device="meta")
 
     def canonical(self) -> Canonical:
         """Return the tensors.
@@ -86,7 +95,7 @@ class CanonicalLinear(nn.Module):
         Raises:
             RuntimeError: shapes or dtypes are not the layout's, or a scale is NaN or infinite.
         """
-        result = Canonical(self.qweight, self.scales, self.zeros)  # type: ignore[arg-type]
+        result = Canonical(self.qweight, self.scales, self.zeros)
         check_canonical(*result, self.layout, self.in_features)
         return result
 
@@ -167,7 +176,8 @@ def read_state(
     missing = [prefix + name for name in names if prefix + name not in state]
     if missing:
         raise RuntimeError(f"the state dict has no {', '.join(missing)}")
-    part = Canonical(*(state[prefix + n] if n in names else None for n in Canonical._fields))
+    zeros = state[prefix + "zeros"] if layout.asymmetric else None
+    part = Canonical(state[prefix + "qweight"], state[prefix + "scales"], zeros)
     check_canonical(*part, layout, in_features)
     if part.qweight.shape[0] != rows:
         raise RuntimeError(f"{prefix}qweight has {part.qweight.shape[0]} rows; expected {rows}")
@@ -188,6 +198,7 @@ class QuantLinear(nn.Module):
     """
 
     packed: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -353,7 +364,7 @@ class LinearGroup(QuantLinear):
         whole = self.canonical()
         start = sum(self.sizes[:index])
         for old, new in zip(whole, part, strict=True):
-            if old is not None:
+            if old is not None and new is not None:
                 old[start : start + self.sizes[index]] = new
         self.packed.copy_(pack(whole, self.layout, self.in_features))
         if self.bias is not None and bias is not None:

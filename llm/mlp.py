@@ -86,6 +86,7 @@ class QuantGatedMLP(nn.Module):
     """
 
     packed: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,

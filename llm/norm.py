@@ -59,7 +59,8 @@ def rms_norm_eps(module: nn.Module) -> float | None:
     """Return eps of a module that has the structure of an RMS norm: one 1-D weight, no child, an eps. Else None."""
     if list(module._parameters) != ["weight"] or module._modules or module._buffers:
         return None
-    if module.weight is None or module.weight.dim() != 1:
+    weight = module._parameters["weight"]
+    if weight is None or weight.dim() != 1:
         return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return float(eps) if isinstance(eps, float) else None

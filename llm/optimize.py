@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from . import attention
@@ -65,7 +64,6 @@ def optimize(
     )
     plan = Planner(model, quantization_config).plan()
     _plan_attention(model, plan)
-    _plan_embeddings(model, plan)
     check_weights(model, plan)
     if strict:
         plan.report.raise_if_unoptimized()
@@ -162,9 +160,3 @@ def _plan_attention(model: Any, plan: Plan) -> None:
         plan.report.add("", "cache", reason=reason, expected=False)
         return
     plan.report.add("", "cache", "KVCache in generate")
-
-
-def _plan_embeddings(model: Any, plan: Plan) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            plan.report.add(name, "embedding", reason="a table look-up: stays as it is")

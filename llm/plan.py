@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .mlp import GATED_ACTIVATIONS
 from .norm import is_layer_norm, rms_norm_eps
 from .quantization import WeightOnlyQuantConfig
 from .report import OptimizationReport
-from .rope import called_rotation
+from .rope import Rotation, called_rotation
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Step:
     """One replacement.
 
     Args:
-        kind: norm, rope, gated, fold, group, linear: what llm/convert.py does.
+        kind: norm, rope, positions, gated, fold, group, linear: what llm/convert.py does.
         names: full names of the modules; for gated and fold the owner comes first.
         offset: of an RMS norm; None for a layer norm.
         function: global name of the rotation.
@@ -83,6 +84,7 @@ class Planner:
         """Return the plan."""
         self._norms()
         self._rotations()
+        self._positions()
         self._mlps()
         if self.quantization is not None:
             self._siblings()
@@ -112,15 +114,8 @@ class Planner:
         for name, module in self.modules.items():
             if is_layer_norm(module):
                 step, by = Step("norm", (name,)), "ops.layer_norm"
-            elif (eps := rms_norm_eps(module)) is not None:
-                offset = next(
-                    (
-                        o
-                        for o in dict.fromkeys(wanted)
-                        if self._once((type(module), eps, o), lambda m=module, o=o: probe.probe_rms_norm(m, o))
-                    ),
-                    None,
-                )
+            elif rms_norm_eps(module) is not None:
+                offset = self._rms_offset(module, wanted)
                 if offset is None:
                     reason = f"{type(module).__name__} does not compute an RMS norm of a known form"
                     self.report.add(name, "norm", reason=reason, expected=False)
@@ -129,6 +124,14 @@ class Planner:
             else:
                 continue
             self._add(step, module, "norm", by)
+
+    def _rms_offset(self, module: nn.Module, offsets: list[float]) -> float | None:
+        """Return which of the offsets makes the module an RMS norm, or None."""
+        for offset in dict.fromkeys(offsets):
+            key = (type(module), rms_norm_eps(module), offset)
+            if self._once(key, partial(probe.probe_rms_norm, module, offset)):
+                return offset
+        return None
 
     def _add(self, step: Step, module: nn.Module, kind: str, by: str) -> bool:
         obstacle = self._obstacle(module)
@@ -146,9 +149,7 @@ class Planner:
                 if isinstance(found, str):
                     self.report.add(name, "rope", reason=found, expected=False)
                     continue
-                style = next(
-                    (s for s in styles if self._once((found, s), lambda f=found, s=s: probe.probe_rotation(f, s))), None
-                )
+                style = self._style(found, styles)
                 if style is None:
                     reason = f"{function} of {type(module).__module__} is not a rotation of a known style"
                     self.report.add(name, "rope", reason=reason, expected=False)
@@ -159,12 +160,27 @@ class Planner:
             reason = f"no attention module calls {self.family.rope_function}"
             self.report.add("", "rope", reason=reason, expected=False)
 
+    def _style(self, rotation: Rotation, styles: list[str]) -> str | None:
+        for style in styles:
+            if self._once((rotation, style), partial(probe.probe_rotation, rotation, style)):
+                return style
+        return None
+
     def _rotation_names(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = {}
         for row in self.rows:
             if row.rope and row.rope not in names.setdefault(row.rope_function, []):
                 names[row.rope_function].append(row.rope)
         return names
+
+    def _positions(self) -> None:
+        names = {row.positions for row in self.rows if row.positions}
+        for name, module in self.modules.items():
+            if name.rpartition(".")[2] in names and isinstance(module, nn.Embedding):
+                self.plan_.steps.append(Step("positions", (name,)))
+                self.report.add(name, "positions", "a table that names itself when a sequence is too long")
+            elif isinstance(module, nn.Embedding):
+                self.report.add(name, "embedding", reason="a table look-up: stays as it is")
 
     def _owners(self, attributes: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
         """Yield modules that have linears under all these attribute names."""
@@ -190,7 +206,7 @@ class Planner:
                 self._remark(owner, f"its activation is not one of {', '.join(GATED_ACTIVATIONS)}")
                 continue
             key = (type(module), names, activation)
-            if not self._once(key, lambda m=module, n=names, a=activation: probe.probe_gated(m, n, a)):
+            if not self._once(key, partial(probe.probe_gated, module, names, activation)):
                 self._remark(owner, f"{type(module).__name__} does not compute down({activation}(gate) * up)")
                 continue
             schemes = tuple(s for s in (self._scheme(n) for n in full) if s is not None)
@@ -208,6 +224,9 @@ class Planner:
             if hooked is not None:
                 self._remark(owner, f"of one of its linears: {hooked}")
             elif self._add(step, module, "mlp", by):
+                for linear, scheme in zip(full, schemes, strict=False):
+                    inside = "" if linear == full[-1] else f", epilogue {activation}_mul"
+                    self.report.add(linear, "linear", f"QuantLinear {scheme.layout}{inside}")
                 self.taken.update(full if schemes else ())
 
     def _plain(self, kind: Plain) -> None:
@@ -224,7 +243,7 @@ class Planner:
             key = (type(module), kind)
             if activation is None or kind.activation not in module._modules:
                 self._remark(owner, f"its activation is not one of {', '.join(probe.ACTIVATIONS)}")
-            elif not self._once(key, lambda m=module: probe.probe_fold(m, kind.first, kind.activation, kind.second)):
+            elif not self._once(key, partial(probe.probe_fold, module, kind.first, kind.activation, kind.second)):
                 self._remark(owner, f"{type(module).__name__} does more between its linears than the activation")
             elif (obstacle := self._obstacle(module._modules[kind.first])) is not None:  # type: ignore[arg-type]
                 self._remark(owner, obstacle)
@@ -241,7 +260,7 @@ class Planner:
         function = getattr(module, attribute, None)
         if function is None:
             return None
-        return self._once(("activation", type(function), repr(function)), lambda: probe.probe_activation(function))
+        return self._once(("activation", type(function), repr(function)), partial(probe.probe_activation, function))
 
     def _scheme(self, name: str) -> Scheme | None:
         """Return how a linear is quantized, or None when it stays floating point."""

@@ -54,7 +54,8 @@ def probe_rms_norm(module: nn.Module, offset: float) -> bool:
         assert eps is not None
         for size in (1.0, 1e-3):
             x = size * torch.randn(3, 5, 8)
-            expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (clone.weight + offset)
+            weight: Any = clone.weight
+            expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (weight + offset)
             if not _agree(clone(x), expected):
                 return False
         return True

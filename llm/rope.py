@@ -7,7 +7,6 @@ same forward code, bound to globals in which that one name is the operator; tran
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
@@ -35,12 +34,16 @@ def _rotation(interleaved: bool) -> Rotation:
 ROTATIONS: dict[str, Rotation] = {"half": _rotation(False), "interleaved": _rotation(True)}
 
 
+#: Subclasses made, so that equal modules have equal classes.
+_classes: dict[tuple[Any, str, str], Any] = {}
+
+
 def called_rotation(cls: type[nn.Module], name: str) -> Rotation | str | None:
     """Return the function that forward of `cls` calls by the global `name`; None if it calls none; a reason if unusable."""
     forward = cls.forward
     code = getattr(forward, "__code__", None)
     wrapped = getattr(forward, "__wrapped__", None)
-    if wrapped is not None and name in getattr(wrapped, "__code__", code).co_names:
+    if wrapped is not None and name in getattr(getattr(wrapped, "__code__", code), "co_names", ()):
         return f"forward of {cls.__name__} is wrapped by a decorator"
     if code is None or name not in code.co_names:
         return None
@@ -48,9 +51,11 @@ def called_rotation(cls: type[nn.Module], name: str) -> Rotation | str | None:
     return function if callable(function) else f"{name} is not a function of {cls.__module__}"
 
 
-@lru_cache(maxsize=64)
-def with_rotation(cls: type[nn.Module], name: str, style: str) -> type[nn.Module]:
+def with_rotation(cls: Any, name: str, style: str) -> Any:
     """Return a subclass of `cls` whose forward calls the operator where `cls` calls `name`."""
+    key = (cls, name, style)
+    if key in _classes:
+        return _classes[key]
     old = cls.forward
     new = FunctionType(
         old.__code__, {**old.__globals__, name: ROTATIONS[style]}, old.__name__, old.__defaults__, old.__closure__
@@ -61,7 +66,9 @@ def with_rotation(cls: type[nn.Module], name: str, style: str) -> type[nn.Module
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _empty, (cls, name, style), self.__dict__
 
-    return type(f"{cls.__name__}WithRope", (cls,), {"forward": new, "__reduce_ex__": reduce, "__doc__": cls.__doc__})
+    body = {"forward": new, "__reduce_ex__": reduce, "__doc__": cls.__doc__}
+    _classes[key] = type(f"{cls.__name__}WithRope", (cls,), body)
+    return _classes[key]
 
 
 def _empty(cls: type[nn.Module], name: str, style: str) -> nn.Module:
