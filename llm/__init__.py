@@ -10,6 +10,7 @@ _attention.register()
 
 from .cache import KVCache  # noqa: E402
 from .checkpoints import from_quantized, save_quantized  # noqa: E402
+from .demo import demo_model_path  # noqa: E402
 from .linear import QuantLinear  # noqa: E402
 from .optimize import optimize  # noqa: E402
 from .quantization import WeightOnlyQuantConfig  # noqa: E402
@@ -21,6 +22,7 @@ __all__ = [
     "OptimizationReport",
     "QuantLinear",
     "WeightOnlyQuantConfig",
+    "demo_model_path",
     "from_quantized",
     "optimize",
     "save_quantized",

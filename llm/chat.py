@@ -12,9 +12,8 @@ from .timing import GenerationTimings, generate_timed
 class ChatSession:
     """Several rounds with one model.
 
-    With a chat template the conversation is rendered by it; the cache keeps the longest common prefix of what it holds and
-    what the template gives now (some templates drop parts of earlier turns). Without a template every message continues
-    the text.
+    With a chat template the conversation is rendered by it. Where the template changes earlier turns (some drop a model's
+    thinking), the cache is cropped to the longest common prefix. Without a template every message continues the text.
 
     Args:
         model: a transformers causal language model, optimized or not.
@@ -40,6 +39,7 @@ class ChatSession:
     def reset(self) -> None:
         """Forget the conversation."""
         self._messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self._text = ""  # what the template made of the conversation, the last answer included as it was generated
         self._tokens: list[int] = []
         self._cache: Any = None
 
@@ -50,12 +50,21 @@ class ChatSession:
 
     def prompt_tokens(self, message: str) -> list[int]:
         """Return the whole conversation's tokens if `message` came next."""
-        if self.uses_template:
-            messages = [*self._messages, {"role": "user", "content": message}]
-            return list(
-                self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-            )
-        return [*self._tokens, *self.tokenizer(message, add_special_tokens=not self._tokens)["input_ids"]]
+        return self._render(message)[1]
+
+    def _render(self, message: str) -> tuple[str, list[int]]:
+        """Return the conversation with `message` as text (only with a template) and as tokens."""
+        if not self.uses_template:
+            return "", [*self._tokens, *self._encode(message, add_special_tokens=not self._tokens)]
+        messages = [*self._messages, {"role": "user", "content": message}]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if self._tokens and text.startswith(self._text):
+            # The tokens that the model chose are kept: encoding their text again may give others.
+            return text, [*self._tokens, *self._encode(text[len(self._text) :])]
+        return text, self._encode(text)
+
+    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def send(self, message: str, streamer: Any = None, **options: Any) -> tuple[str, GenerationTimings]:
         """Return the model's answer to a message, and what it cost.
@@ -70,7 +79,7 @@ class ChatSession:
         """
         if not message:
             raise ValueError("the message is empty")
-        tokens = self.prompt_tokens(message)
+        text, tokens = self._render(message)
         self._keep_common_prefix(tokens)
         output, timings = generate_timed(
             self.model,
@@ -83,6 +92,7 @@ class ChatSession:
         self._cache = output.past_key_values
         self._tokens = output.sequences[0].tolist()
         answer = self.tokenizer.decode(self._tokens[len(tokens) :], skip_special_tokens=True)
+        self._text = text + self.tokenizer.decode(self._tokens[len(tokens) :])
         self._messages += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
         return answer, timings
 

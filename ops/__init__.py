@@ -11,8 +11,8 @@ from .rope import rope
 
 __all__ = [
     "FORMATS",
-    "Layout",
     "OPERATORS",
+    "Layout",
     "Operator",
     "add_layer_norm",
     "add_rms_norm",

@@ -56,3 +56,11 @@ def test_environment_variables_are_those_that_are_read() -> None:
     sources = [f for folder in ("csrc", "ops", "passes", "llm") for f in (ROOT / folder).rglob("*.*")]
     text = "".join(f.read_text() for f in (*sources, ROOT / "setup.py") if f.suffix in (".py", ".cpp", ".h"))
     assert listed == set(re.findall(r"""(?:getenv\(|environ\.get\(|environ\[)["'](LLMRT_\w+)""", text))
+
+
+def test_support_table_is_what_the_tests_exercise() -> None:
+    """If not: python -m tests.support_table --write"""
+    command = [sys.executable, "-m", "tests.support_table"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    written = README.split("<!-- support table: begin -->\n")[1].split("<!-- support table: end -->\n")[0]
+    assert written == made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,10 @@ class Loaded:
 
 def is_model_directory(name: str) -> bool:
     """Return whether `name` is a directory with a model's configuration."""
-    return (Path(name).expanduser() / "config.json").is_file()
+    try:
+        return (Path(name).expanduser() / "config.json").is_file()
+    except (OSError, ValueError, RuntimeError):  # too long for a path, a null character, an unknown ~user
+        return False
 
 
 def _local_directory(name: str) -> str | None:
@@ -61,14 +65,13 @@ def _local_directory(name: str) -> str | None:
         return str(demo_model_path())
     if not name.strip():
         fail("MODEL is empty; give a directory or a name on the Hugging Face hub")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            fail(f"{name}: the directory has no config.json, so it holds no model")
-        return str(path)
-    if path.exists():
+    if is_model_directory(name):
+        return str(Path(name).expanduser())
+    if os.path.isdir(os.path.expanduser(name)):
+        fail(f"{name}: the directory has no config.json, so it holds no model")
+    if os.path.exists(os.path.expanduser(name)):
         fail(f"{name}: is a file; give the directory that holds the model")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
+    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
         fail(f"{name}: no such directory")
     return None
 
@@ -76,11 +79,13 @@ def _local_directory(name: str) -> str | None:
 @contextmanager
 def _short_errors(prefix: str) -> Iterator[None]:
     """Turn what transformers or `optimize` raise for a model that cannot be used into one line."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except typer.Exit:  # a RuntimeError too
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         fail(f"{prefix}: {first}")
 

@@ -11,7 +11,7 @@ from llmrt.llm.chat import ChatSession
 from llmrt.llm.demo import demo_model_path
 from llmrt.llm.timing import generate_timed
 
-TEMPLATE = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}# reply\n{% endif %}"
+TEMPLATE = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}# assistant\n{% endif %}"
 # Answers of earlier turns are shortened, as templates do that drop a model's thinking: the cached prefix ends there.
 SHORTENING = TEMPLATE.replace("{{ m.content }}", "{{ m.content[:12] if m.role == 'assistant' else m.content }}")
 

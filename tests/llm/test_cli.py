@@ -43,12 +43,13 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 
 def test_help_imports_no_models() -> None:
-    """A quick --help: neither the model classes nor the generation code of transformers."""
+    """A quick --help: no model's code."""
     code = "import sys; from llmrt.llm.cli import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "generate" in result.stdout
     loaded = result.stdout.splitlines()[-1].split()
-    assert not [name for name in loaded if name.startswith("transformers.models.")]
+    models = {name.split(".")[2] for name in loaded if name.startswith("transformers.models.")}
+    assert models <= {"auto"}
 
 
 def test_generate_prints_text_then_timings() -> None:
@@ -152,8 +153,8 @@ BAD = {
     "bad dtype": (("generate", "x", "--dtype", "float8"), "'float8' is not one of"),
     "bad weight dtype": (("generate", "x", "--weight-dtype", "int5"), "'int5' is not one of"),
     "bad group size": (("generate", "x", "--weight-dtype", "int4", "--group-size", "7"), "group_size is 7"),
-    "no threads": (("generate", "x", "--threads", "0"), "0 is not in the range"),
-    "no beams": (("generate", "x", "--beams", "0"), "0 is not in the range"),
+    "no threads": (("generate", "x", "--threads", "0"), "greater than or equal to 1"),
+    "no beams": (("generate", "x", "--beams", "0"), "greater than or equal to 1"),
     "too long": (("generate", "x = 1\n" * 2000), "takes at most 1024"),
     "no text": (("perplexity", "demo"), "--text FILES or --demo-held-out"),
     "no such text": (("perplexity", "demo", "--text", "none.txt"), "none.txt: no such file"),
@@ -163,6 +164,8 @@ BAD = {
     ),
     "long window": (("perplexity", "--demo-held-out", "--window", "2000"), "takes at most 1024"),
     "quantized twice": (("generate", "{quantized}", "x", "--weight-dtype", "int4"), "is quantized already"),
+    "a path too long": (("generate", "m" * 5000, "x"), "the Hugging Face hub failed"),
+    "a path with a null": (("generate", "./a\0b", "x"), "no such directory"),
     "onto itself": (("quantize", DEMO, DEMO), "OUT is MODEL itself"),
     "onto a file": (("quantize", DEMO, __file__), "is a file"),
     "scheme and fullrange": (

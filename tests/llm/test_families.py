@@ -18,6 +18,7 @@ def test_every_row_has_a_model() -> None:
     assert types == set(FAMILIES)
 
 
+@pytest.mark.exercises("float32")
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_equals_transformers(name: str) -> None:
     plain, batch = tiny_model(name), padded_batch()
@@ -46,6 +47,7 @@ def test_float_model_calls_the_operators(name: str) -> None:
     assert count.calls == {key: 3 * calls for key, calls in (expected | {"kv_append": 2}).items()}
 
 
+@pytest.mark.exercises("bfloat16")
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_within_rounding_of_float32(name: str) -> None:
     plain, batch = tiny_model(name), padded_batch()
@@ -69,16 +71,18 @@ def test_bfloat16_is_within_rounding_of_float32(name: str) -> None:
     assert noise(fast) < min(5 * 2**-8, 1.2 * noise(slow))
 
 
+@pytest.mark.parametrize("weight_dtype", [pytest.param(w, marks=pytest.mark.exercises(w)) for w in ("int4", "int8")])
 @pytest.mark.parametrize("name", MODELS)
-def test_quantized_equals_dequantized_weights(name: str) -> None:
+def test_quantized_equals_dequantized_weights(name: str, weight_dtype: str) -> None:
     plain, batch, mask = tiny_model(name), padded_batch(), padded_batch()["attention_mask"]
-    config = llm.WeightOnlyQuantConfig(group_size=32, compute_dtype="fp32", scheme="asym")
+    config = llm.WeightOnlyQuantConfig(weight_dtype=weight_dtype, group_size=32, compute_dtype="fp32", scheme="asym")
     fast = llm.optimize(plain, quantization_config=config, strict=True)
     reference = dequantized(name, fast)
     expected = reference(**batch).logits
     assert error(fast(**batch).logits, expected, mask) < 1e-4
     assert torch.equal(fast.generate(**batch, **GENERATE), reference.generate(**batch, **GENERATE))
-    assert 0.01 < error(expected, plain(**batch).logits, mask) < 1  # 4 bits do change a tiny model
+    smallest, largest = {"int4": (0.01, 1), "int8": (5e-4, 0.1)}[weight_dtype]  # few bits do change a tiny model
+    assert smallest < error(expected, plain(**batch).logits, mask) < largest
 
 
 @pytest.mark.parametrize("name", MODELS)
