@@ -74,7 +74,10 @@ class RandomLinear(CanonicalLinear):
         bits, groups = self.layout.format.bits, self.layout.geometry(self.in_features).groups
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randint(
-            256, (min(DRAWN_ROWS, self.out_features), self.qweight.shape[1]), generator=generator, dtype=torch.uint8
+            256,
+            (min(DRAWN_ROWS, self.out_features), -(-self.in_features * bits // 8)),
+            generator=generator,
+            dtype=torch.uint8,
         )
         if bits == 4 and self.in_features % 2:
             drawn[:, -1] &= 15  # the nibble behind the last input is 0

@@ -65,13 +65,13 @@ def shape_names() -> list[str]:
     return [name for name in SHAPES if name not in HIDDEN]
 
 
-def shape_config(name: str) -> PretrainedConfig:
-    """Return the transformers config of a shape.
+def shape_config(name: str, **changes: Any) -> PretrainedConfig:
+    """Return the transformers config of a shape, with some of its fields changed.
 
     Raises:
         ValueError: for a name that is not in the table.
     """
     if name not in SHAPES:
         raise ValueError(f"shape '{name}' is unknown; known shapes: {', '.join(shape_names())}")
-    row = dict(SHAPES[name])
+    row = {**SHAPES[name], **changes}
     return AutoConfig.for_model(row.pop("model_type"), **row)

@@ -176,6 +176,27 @@ def test_cache_bytes_count_windows_and_beams():
     assert full.cache_bytes(Workload(prompt=5, new=3, beams=3)) == ((5 + 3) + (5 + 6)) / 2
 
 
-def test_every_shape_has_a_config():
-    for name in SHAPES:
-        assert shape_config(name).num_hidden_layers == SHAPES[name]["num_hidden_layers"]
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 320,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@pytest.mark.parametrize("name", sorted({row["model_type"]: name for name, row in SHAPES.items()}.values()))
+def test_every_kind_of_shape_runs(name):
+    """One shape per model type, made small: everything on the CPU, every linear quantized, tokens come out."""
+    model = bench_command.build(shape_config(name, **SMALL), bench_command.Settings(group_size=32))
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    assert not model.optimization_report.unoptimized
+    assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
+    timing = measure.Stopwatch(model, Workload(prompt=7, new=3)).run()
+    assert timing.first > 0 and len(timing.next) == 2
+    assert torch.isfinite(model(torch.arange(8).unsqueeze(0)).logits).all()
