@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention
+from . import attention, trial
 from .cache_setup import CacheSetup
 from .linear import LinearGroup, QuantLinear, SiblingLinear
 from .mlp import GatedMLP, QuantGatedMLP
 from .norm import convert_norm
-from .plan import Plan, Step
+from .plan import Plan, Step, settle_attention
 from .positions import with_limit
 from .rope import with_rotation
 
@@ -127,6 +127,8 @@ class Converter:
 
     def _attention(self) -> None:
         model, plan = self.model, self.plan
+        if plan.attention is None:
+            settle_attention(plan, model, trial.attention_misfit(model))
         if plan.attention:
             before = model.config._attn_implementation
             self.undo.append(lambda: model.set_attn_implementation(before))

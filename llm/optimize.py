@@ -92,8 +92,9 @@ def _check_arguments(
         raise ValueError("the model is optimized already; call optimize on the original model")
     if optimizer is not None:
         raise ValueError("optimizer must be None: llmrt optimizes for inference only")
-    if model.training or any(m.training for m in model.modules()):
-        raise ValueError("the model is in training mode; call model.eval() first")
+    training = next((name for name, m in model.named_modules() if m.training), None)
+    if training is not None:
+        raise ValueError(f"{training or 'the model'} is in training mode; call model.eval() first")
     if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} has no language-model head; load it as a CausalLM class")
     if dtype is not None and dtype not in _DTYPES:

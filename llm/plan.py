@@ -50,13 +50,13 @@ class Plan:
     """Steps in order, and the report that is true once they are done.
 
     Args:
-        attention: whether llmrt's attention will be set.
+        attention: whether llmrt's attention will be set; None: to be tried out when the weights are packed.
         cache: whether generate will get a `KVCache`.
     """
 
     report: OptimizationReport
     steps: list[Step] = field(default_factory=list)
-    attention: bool = False
+    attention: bool | None = False
     cache: bool = False
     quantization: WeightOnlyQuantConfig | None = None
 
@@ -113,7 +113,7 @@ class Planner:
 
     def _attention(self) -> None:
         """Plan attention interface and cache; a model without a row is tried out first."""
-        model, report = self.model, self.report
+        model = self.model
         stored = any(isinstance(m, CanonicalLinear) for m in self.modules.values())
         reason = None
         if self.family is None and not stored:
@@ -122,20 +122,12 @@ class Planner:
             self.read = set() if isinstance(read, str) else read
         if model.config.is_encoder_decoder or not model._can_set_attn_implementation():
             reason = f"{type(model).__name__} does not go through transformers' attention interface"
+        elif self.family is None and stored:
+            self.plan_.attention = None
+            return
         elif self.family is None:
-            reason = reason or ("without a row for it, a stored model is not tried out" if stored else None)
             reason = reason or trial.attention_misfit(model)
-        report.add("", "attention", None if reason else "ops.attention", reason, expected=reason is None)
-        self.plan_.attention = reason is None
-        prepare = getattr(type(model), "_prepare_cache_for_generation", None)
-        wanted = list(inspect.signature(CacheSetup.__call__).parameters)
-        if reason is not None:
-            report.add("", "cache", reason="needs llmrt's attention", expected=False)
-        elif prepare is None or list(inspect.signature(prepare).parameters) != wanted:
-            report.add("", "cache", reason="this transformers release prepares caches in another way", expected=False)
-        else:
-            self.plan_.cache = True
-            report.add("", "cache", "KVCache in generate")
+        settle_attention(self.plan_, model, reason)
 
     def _obstacle(self, module: nn.Module) -> str | None:
         """Return why a module may not be swapped at all, or None."""
@@ -372,6 +364,21 @@ class Planner:
             alone = WeightOnlyQuantConfig(modules_to_not_convert=[entry])
             if not any(alone.excluded_by(n) for n in names):
                 raise ValueError(f"modules_to_not_convert has {entry!r}, which matches no linear of the model")
+
+
+def settle_attention(plan: Plan, model: Any, reason: str | None) -> None:
+    """Enter into plan and report whether attention and cache are used; reason: why not."""
+    plan.attention = reason is None
+    plan.report.add("", "attention", "ops.attention" if reason is None else None, reason, expected=reason is None)
+    prepare = getattr(type(model), "_prepare_cache_for_generation", None)
+    wanted = list(inspect.signature(CacheSetup.__call__).parameters)
+    if reason is not None:
+        plan.report.add("", "cache", reason="needs llmrt's attention", expected=False)
+    elif prepare is None or list(inspect.signature(prepare).parameters) != wanted:
+        plan.report.add("", "cache", reason="this transformers release prepares caches in another way", expected=False)
+    else:
+        plan.cache = True
+        plan.report.add("", "cache", "KVCache in generate")
 
 
 def check_weights(model: nn.Module, plan: Plan) -> None:
