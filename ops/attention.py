@@ -267,6 +267,7 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("long decode", 1, 1, 2, 1, 32, 1200)
     yield sample("long prefill", 1, 150, 3, 1, 32, 420)
     yield sample("long chunk", 1, 12, 4, 1, 16, 900)
+    yield sample("window shorter than the chunk", 1, 100, 2, 1, 16, 200, window=50)
     for tokens in (1, 3, 40):
         sizes = (2, tokens, 4, 2, 24, 150)
         yield sample(f"window, {tokens} tokens", *sizes, window=35)
