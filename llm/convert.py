@@ -49,6 +49,7 @@ class Converter:
                 if step.schemes and not self.keep:
                     self.freed += step.names
                     self.undo.clear()
+                    return_free_memory()
             self._untie()
             self._dtype()
             self._attention()

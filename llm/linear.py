@@ -19,8 +19,8 @@ from ..ops.formats import Layout, check_canonical, interleave_gate_up, quantize,
 _quant_linear = ops.quant_linear.overload
 _pack = ops.pack_weight
 _unpack = ops.unpack_weight
-#: Weight elements quantized at once: 32 MB as float32, so that quantizing takes little more memory than its result.
-CHUNK = 1 << 23
+#: Weight elements quantized at once: 4 MB as float32, of which quantizing makes about four copies.
+CHUNK = 1 << 20
 
 
 class Canonical(NamedTuple):
@@ -109,12 +109,20 @@ Source = nn.Linear | CanonicalLinear
 
 def quantize_rows(weight: Tensor, scheme: Scheme) -> Canonical:
     """Quantize [N, K] a few rows at a time."""
-    rows = max(1, CHUNK // weight.shape[1])
-    parts = [quantize(part, scheme.layout, scheme.fullrange) for part in weight.detach().split(rows)]
-    if len(parts) == 1:
-        return Canonical(*parts[0])
-    codes, scales, zeros = zip(*parts, strict=True)
-    return Canonical(torch.cat(codes), torch.cat(scales), None if zeros[0] is None else torch.cat(zeros))
+    rows, out_features = max(1, CHUNK // weight.shape[1]), weight.shape[0]
+    result: Canonical | None = None
+    for start in range(0, out_features, rows):
+        part = Canonical(*quantize(weight.detach()[start : start + rows], scheme.layout, scheme.fullrange))
+        if result is None:  # the whole is allocated once: parts kept in a list would split up the heap
+            if part.qweight.shape[0] == out_features:
+                return part
+            result = Canonical(*(None if t is None else t.new_empty((out_features, t.shape[1])) for t in part))  # type: ignore[arg-type]
+        for whole, new in zip(result, part, strict=True):
+            if whole is not None and new is not None:
+                whole[start : start + new.shape[0]] = new
+    if result is None:
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected at least one row")
+    return result
 
 
 def canonical_of(linear: Source, scheme: Scheme) -> Canonical:

@@ -395,7 +395,7 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
                 if not bool(torch.isfinite(part.scales).all()):
                     raise ValueError(f"{name}.scales has NaN or infinite values")
             elif isinstance(module, nn.Linear):
-                for rows in module.weight.detach().split(max(1, (1 << 24) // max(1, module.in_features))):
+                for rows in module.weight.detach().split(max(1, (1 << 18) // max(1, module.in_features))):
                     # a float64 sum of finite float32 values is finite
                     if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
                         raise ValueError(f"{name}.weight has NaN or infinite values; it cannot be quantized")
