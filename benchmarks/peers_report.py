@@ -92,7 +92,7 @@ def plot(record: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None
     colors = ["tab:blue"] + ["tab:gray"] * (len(rows) - 1)
     for axis, kind, percent, limit in (
         (axes[0], "prefill", "percent_of_int8_peak", "int8 peak"),
-        (axes[1], "decode", "percent_of_read_bandwidth", "read bandwidth"),
+        (axes[1], "decode", "percent_of_read_bandwidth", "bandwidth"),
     ):
         rates = [row[f"{kind}_tokens_per_s"] for row in rows]
         bars = axis.barh(names, rates, color=colors)
@@ -101,7 +101,7 @@ def plot(record: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None
             for rate, row in zip(rates, rows, strict=True)
         ]
         axis.bar_label(bars, labels, padding=3, fontsize=8)
-        axis.set_xlim(0, 1.6 * max(rates))
+        axis.set_xlim(0, 1.9 * max(rates))
         axis.set_xlabel(f"{kind}, tokens per second")
         axis.invert_yaxis()
     load = record["workload"]

@@ -11,9 +11,8 @@
 namespace llmrt {
 namespace {
 
-constexpr int64_t kDecodeRows = 16;         // query rows per key from which on packing keys pays
-constexpr int64_t kSharedRows = 128;        // the same where beams share what they read
-constexpr int64_t kSplitTokens = 256;       // fewest tokens of a split
+constexpr int64_t kSharedRows = 128;   // most query rows per key for which sharing reads between beams beats packing
+constexpr int64_t kSplitTokens = 256;  // fewest tokens of a split
 constexpr int64_t kThreadBytes = 64 << 10;  // keys and values below which a second thread costs more than it saves
 constexpr int64_t kTaskFloats = 32 << 10;   // output of a prefill task: it stays in the second cache level
 constexpr int64_t kMostTaskRows = 504, kFewestTaskRows = 96, kTaskRowsUnit = 12;  // whole register tiles of every tier
@@ -155,7 +154,7 @@ struct Plan {
 
 Plan make_plan(AttentionArgs& a, int64_t threads) {
   Plan p{};
-  p.decode = a.S * a.G <= kDecodeRows || (a.beams > 1 && a.rows && a.S * a.G <= kSharedRows);
+  p.decode = a.S * a.G <= tier().attention.most_decode_rows(a) || (a.beams > 1 && a.rows && a.S * a.G <= kSharedRows);
   if (!p.decode || !a.rows) a.beams = 1;  // nothing to share
   p.samples = a.B / a.beams, p.rows = p.piece_rows = a.beams * a.S * a.G;
   const int64_t units = p.samples * a.Hk;

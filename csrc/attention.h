@@ -42,7 +42,8 @@ struct AttentionTask {
 };
 
 struct AttentionKernels {
-  // Few rows per key: reads keys and values straight from the cache, memory-bound.
+  // Few rows per key (S * G): reads keys and values straight from the cache, memory-bound.
+  int64_t (*most_decode_rows)(const AttentionArgs&);              // above, packing pays
   int64_t (*decode_scratch)(const AttentionArgs&, int64_t rows);  // bytes, 64-byte aligned
   void (*decode)(const AttentionArgs&, const AttentionTask&, char* scratch);
   // Many rows per key: packs blocks of keys and values, compute-bound.

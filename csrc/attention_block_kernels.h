@@ -95,26 +95,42 @@ inline void visible_range(const AttentionTask& t, const QueryRow& oldest, const 
   first = larger(t.token0, oldest.first), end = smaller(t.token1, newest.end);
 }
 
-// Marks the tokens [t0, t0 + count) that the mask hides from none or not all of the query tokens [s0, s1) of logical
-// row b, in every head of the unit; ors into seen.
+// Marks those of the tokens [t0, t0 + count) that some query token in [s0, s1) of logical row b sees, in some head of
+// the unit; adds to `seen`.
 inline void mark_seen(const AttentionArgs& a, int64_t b, int64_t s0, int64_t s1, int64_t kv_head, int64_t t0,
                       int64_t count, uint8_t* seen) {
-  const int64_t heads = a.mask_h ? a.G : 1;
-  if (!a.mask_s) s1 = smaller(s1, s0 + 1);
-  for (int64_t s = s0; s < s1; s++)
+  const int64_t heads = a.mask_h ? a.G : 1, rows = a.mask_s ? s1 - s0 : 1, position = a.length - a.S - t0;
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t oldest = position + s0 + i, newest = a.mask_s ? oldest : position + s1 - 1;
+    const int64_t begin = a.window > 0 ? larger(0, oldest - a.window + 1) : 0;
+    const int64_t end = a.causal ? smaller(count, newest + 1) : count;
     for (int64_t g = 0; g < heads; g++) {
-      const int64_t at = b * a.mask_b + (kv_head * a.G + g) * a.mask_h + s * a.mask_s + t0;
+      const int64_t at = b * a.mask_b + (kv_head * a.G + g) * a.mask_h + (s0 + i) * a.mask_s + t0;
       if (a.mask_kind == MaskKind::boolean) {
         const uint8_t* m = (const uint8_t*)a.mask + at;
-        for (int64_t j = 0; j < count; j++) seen[j] |= m[j];
+        for (int64_t j = begin; j < end; j++) seen[j] |= m[j];
       } else if (a.mask_dtype == DType::f32) {
         const uint32_t* m = (const uint32_t*)a.mask + at;
-        for (int64_t j = 0; j < count; j++) seen[j] |= m[j] != 0xff800000u;
+        for (int64_t j = begin; j < end; j++) seen[j] |= m[j] != 0xff800000u;
       } else {
         const uint16_t *m = (const uint16_t*)a.mask + at, hidden = a.mask_dtype == DType::bf16 ? 0xff80 : 0xfc00;
-        for (int64_t j = 0; j < count; j++) seen[j] |= m[j] != hidden;
+        for (int64_t j = begin; j < end; j++) seen[j] |= m[j] != hidden;
       }
     }
+  }
+}
+// Whether the mask hides none of the tokens from any query of logical row b; only said of padding masks.
+inline bool unmasked(const AttentionArgs& a, int64_t b, int64_t t0, int64_t count) {
+  if (a.mask_kind == MaskKind::none) return true;
+  if (a.mask_kind != MaskKind::boolean || a.mask_s || a.mask_h) return false;
+  const uint8_t* m = (const uint8_t*)a.mask + b * a.mask_b + t0;
+  uint8_t all = 1;
+  for (int64_t j = 0; j < count; j++) all &= m[j];
+  return all;
+}
+inline AttentionArgs without_mask(AttentionArgs a) {
+  a.mask_kind = MaskKind::none;
+  return a;
 }
 inline bool any_seen(const uint8_t* seen, int64_t count) {
   uint8_t any = 0;

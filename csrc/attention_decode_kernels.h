@@ -61,8 +61,10 @@ struct DecodeDot<bf16> {
 };
 #endif
 
+// Into the second cache level: a block of long rows would push itself out of the first (measured: 13 to 20 GB/s a
+// core).
 inline void prefetch_row(const char* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
 }
 
 // Dot products of R query rows (zero-padded to Dot::width) and `count` keys, to x[r * kDecodeTokens + j]. The keys are
@@ -102,34 +104,95 @@ inline void dot_products(const AttentionArgs& a, const typename DecodeDot<Key>::
   }
 }
 
-// out[r] = out[r] * factor[r] + weights[r] * values, for V vectors of the values from element d on, or (Tail) for the
-// last `width` elements. Prefetches the keys that lie `ahead` bytes on: those of the next block, where rows are
+// How values of one type are weighted and summed: `tokens` at a time, `vectors` registers of sums for `width` elements.
+template <class Key>
+struct WideningSum {
+  using Weight = float;
+  using Values = F32;
+  static constexpr int tokens = 1, vectors = 1;
+  static constexpr int64_t width = F32::lanes;
+  static Values values(const char* const* p, int64_t d) { return load((const Key*)p[0] + d); }
+  static Values values(const char* const* p, int64_t d, int64_t count) { return load((const Key*)p[0] + d, count); }
+  static F32 weight(const float* w) { return F32::set1(*w); }
+  static void add(F32* sums, F32 weight, Values v) { sums[0] = fma(weight, v, sums[0]); }
+  static void begin(F32* sums, const float* out, F32 factor) { sums[0] = load(out) * factor; }
+  static void end(const F32* sums, float* out) { store(out, sums[0]); }
+};
+template <class Key>
+struct DecodeSum : WideningSum<Key> {};
+#if defined(__AVX512BF16__)
+// Two tokens at a time: their elements are interleaved in 128-bit lanes, so sums[0] holds the elements 0..3, 8..11, ..
+// and sums[1] the elements 4..7, 12..15, .. of 32.
+template <>
+struct DecodeSum<bf16> {
+  using Weight = bf16;
+  struct Values {
+    __m512i low, high;
+  };
+  static constexpr int tokens = 2, vectors = 2;
+  static constexpr int64_t width = 32;
+  static Values interleave(__m512i x, __m512i y) { return {_mm512_unpacklo_epi16(x, y), _mm512_unpackhi_epi16(x, y)}; }
+  static Values values(const char* const* p, int64_t d) {
+    return interleave(_mm512_loadu_si512((const bf16*)p[0] + d), _mm512_loadu_si512((const bf16*)p[1] + d));
+  }
+  static Values values(const char* const* p, int64_t d, int64_t count) {
+    const __mmask32 lanes = (1u << count) - 1;
+    return interleave(_mm512_maskz_loadu_epi16(lanes, (const bf16*)p[0] + d),
+                      _mm512_maskz_loadu_epi16(lanes, (const bf16*)p[1] + d));
+  }
+  static __m512i weight(const bf16* w) {
+    int32_t pair;
+    memcpy(&pair, w, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  static void add(F32* sums, __m512i weight, Values v) {
+    sums[0].v = _mm512_dpbf16_ps(sums[0].v, (__m512bh)weight, (__m512bh)v.low);
+    sums[1].v = _mm512_dpbf16_ps(sums[1].v, (__m512bh)weight, (__m512bh)v.high);
+  }
+  static void begin(F32* sums, const float* out, F32 factor) {
+    const F32 x = load(out) * factor, y = load(out + 16) * factor;
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    sums[0].v = _mm512_permutex2var_ps(x.v, low, y.v);
+    sums[1].v = _mm512_permutex2var_ps(x.v, _mm512_add_epi32(low, _mm512_set1_epi32(4)), y.v);
+  }
+  static void end(const F32* sums, float* out) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    store(out, F32{_mm512_permutex2var_ps(sums[0].v, first, sums[1].v)});
+    store(out + 16, F32{_mm512_permutex2var_ps(sums[0].v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), sums[1].v)});
+  }
+};
+#endif
+
+// out[r] = out[r] * factor[r] + weights[r] * values, for U units of Sum::width elements from d on, or (Tail) for the
+// last `rest` elements. Prefetches the keys that lie `ahead` bytes on: those of the next block, where rows are
 // contiguous.
-template <int R, int V, bool Tail, class Key>
-inline void add_values(const AttentionArgs& a, const float* weights, const BlockTokens& at, int64_t count, int64_t d,
-                       int64_t width, int64_t ahead, const float* factor, float* const* out) {
-  F32 sums[R][V];
+template <int R, int U, bool Tail, class Key>
+inline void add_values(const AttentionArgs& a, const typename DecodeSum<Key>::Weight* weights, const BlockTokens& at,
+                       int64_t count, int64_t d, int64_t rest, int64_t ahead, const float* factor, float* const* out) {
+  using Sum = DecodeSum<Key>;
+  F32 sums[R][U][Sum::vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
-    for (int i = 0; i < V; i++) sums[r][i] = load(out[r] + d + i * F32::lanes) * F32::set1(factor[r]);
-  for (int64_t j = 0; j < count; j++) {
-    const Key* value = (const Key*)at.value[j] + d;
-    if (d == 0) prefetch_row(at.key[j] + ahead, a.D * (int64_t)sizeof(Key));
-    F32 v[V];
+    for (int u = 0; u < U; u++) Sum::begin(sums[r][u], out[r] + d + u * Sum::width, F32::set1(factor[r]));
+  for (int64_t j = 0; j < count; j += Sum::tokens) {
+    if (d == 0)
+      for (int i = 0; i < Sum::tokens; i++) prefetch_row(at.key[j + i] + ahead, a.D * (int64_t)sizeof(Key));
+    typename Sum::Values v[U];
 #pragma GCC unroll 16
-    for (int i = 0; i < V; i++) v[i] = Tail ? load(value, width) : load(value + i * F32::lanes);
+    for (int u = 0; u < U; u++)
+      v[u] = Tail ? Sum::values(at.value + j, d, rest) : Sum::values(at.value + j, d + u * Sum::width);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const F32 w = F32::set1(weights[r * kDecodeTokens + j]);
+      const auto w = Sum::weight(weights + r * kDecodeTokens + j);
 #pragma GCC unroll 16
-      for (int i = 0; i < V; i++) sums[r][i] = fma(w, v[i], sums[r][i]);
+      for (int u = 0; u < U; u++) Sum::add(sums[r][u], w, v[u]);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
-    for (int i = 0; i < V; i++) store(out[r] + d + i * F32::lanes, sums[r][i]);
+    for (int u = 0; u < U; u++) Sum::end(sums[r][u], out[r] + d + u * Sum::width);
 }
 
 struct DecodeScratch {
@@ -163,6 +226,7 @@ template <int R, class Key>
 inline void decode_rows(const AttentionArgs& a, const DecodeScratch& scratch, int64_t n, const int32_t* group,
                         int64_t real, const BlockTokens& at, int64_t t0, int64_t count) {
   using Query = typename DecodeDot<Key>::Query;
+  using Sum = DecodeSum<Key>;
   const RowStates& state = scratch.state;
   const Query* query[R];
   const QueryRow* rows[R];
@@ -174,16 +238,18 @@ inline void decode_rows(const AttentionArgs& a, const DecodeScratch& scratch, in
     out[r] = row < n ? state.out + row * state.ld : scratch.spare;
   }
   alignas(64) float x[R * kDecodeTokens];
+  alignas(64) typename Sum::Weight weights[R * kDecodeTokens];
+  memset(weights + real * kDecodeTokens, 0, (R - real) * kDecodeTokens * sizeof(weights[0]));
   dot_products<R, Key>(a, query, at, count, x);
-  softmax_step(a, rows, real, t0, count, x, kDecodeTokens, highest, total, factor, x);
-  constexpr int V = kDecodeAccumulators / R < 8 ? kDecodeAccumulators / R : 8;
+  softmax_step(a, rows, real, t0, count, x, kDecodeTokens, highest, total, factor, weights);
+  constexpr int most = kDecodeAccumulators / R / Sum::vectors, U = most < 8 / Sum::vectors ? most : 8 / Sum::vectors;
   const int64_t ahead = kDecodeTokens * a.key_t * (int64_t)sizeof(Key);
   int64_t d = 0;
-  for (; d + V * F32::lanes <= a.Dv; d += V * F32::lanes)
-    add_values<R, V, false, Key>(a, x, at, count, d, 0, ahead, factor, out);
-  for (; d + F32::lanes <= a.Dv; d += F32::lanes)
-    add_values<R, 1, false, Key>(a, x, at, count, d, 0, ahead, factor, out);
-  if (d < a.Dv) add_values<R, 1, true, Key>(a, x, at, count, d, a.Dv - d, ahead, factor, out);
+  for (; d + U * Sum::width <= a.Dv; d += U * Sum::width)
+    add_values<R, U, false, Key>(a, weights, at, count, d, 0, ahead, factor, out);
+  for (; d + Sum::width <= a.Dv; d += Sum::width)
+    add_values<R, 1, false, Key>(a, weights, at, count, d, 0, ahead, factor, out);
+  if (d < a.Dv) add_values<R, 1, true, Key>(a, weights, at, count, d, a.Dv - d, ahead, factor, out);
 }
 
 template <class Key>
@@ -210,27 +276,27 @@ inline bool same_tokens(const AttentionArgs& a, int64_t b, int64_t other, int64_
 // One block of tokens for all rows of a unit. Beams whose tokens lie in the same rows of the cache go together: the
 // prompt, and what they have in common after it, is read once.
 template <class Key>
-inline void decode_block(const AttentionArgs& a, const AttentionTask& t, const DecodeScratch& scratch, int64_t t0,
-                         int64_t count) {
-  const int64_t n = t.row1 - t.row0, per_beam = a.S * a.G;
+inline void decode_block(const AttentionArgs& a, const AttentionArgs& a_without_mask, const AttentionTask& t,
+                         const DecodeScratch& scratch, int64_t t0, int64_t count) {
+  const int64_t n = t.row1 - t.row0, per_beam = a.S * a.G, b0 = t.sample * a.beams;
   BlockTokens at;
   memset(scratch.grouped, 0, a.beams);
   for (int64_t beam = 0; beam < a.beams; beam++) {
     if (scratch.grouped[beam]) continue;
-    const int64_t b = t.sample * a.beams + beam;
     int64_t size = 0;
-    if (a.mask_kind != MaskKind::none) memset(scratch.seen, 0, kDecodeTokens);
+    bool masked = false;
+    memset(scratch.seen, 0, kDecodeTokens);
     for (int64_t other = beam; other < a.beams; other++) {
-      const int64_t o = t.sample * a.beams + other;
-      if (other > beam && (scratch.grouped[other] || !same_tokens(a, b, o, t0, count))) continue;
+      if (other > beam && (scratch.grouped[other] || !same_tokens(a, b0 + beam, b0 + other, t0, count))) continue;
       scratch.grouped[other] = 1;
       for (int64_t i = 0; i < per_beam; i++) scratch.group[size++] = (int32_t)(other * per_beam + i);
-      if (a.mask_kind != MaskKind::none) mark_seen(a, o, 0, a.S, t.kv_head, t0, count, scratch.seen);
+      masked |= !unmasked(a, b0 + other, t0, count);
+      if (a.mask_kind != MaskKind::none) mark_seen(a, b0 + other, 0, a.S, t.kv_head, t0, count, scratch.seen);
     }
-    const uint8_t* seen = a.mask_kind != MaskKind::none ? scratch.seen : nullptr;
-    if (seen && !any_seen(seen, count)) continue;
-    find_tokens(a, b, t.kv_head, t0, count, round_up(count, F32::lanes), seen, scratch.zeros, at);
-    decode_group<Key>(a, scratch, n, size, at, t0, count);
+    if (masked && !any_seen(scratch.seen, count)) continue;
+    find_tokens(a, b0 + beam, t.kv_head, t0, count, round_up(count, F32::lanes), masked ? scratch.seen : nullptr,
+                scratch.zeros, at);
+    decode_group<Key>(masked ? a : a_without_mask, scratch, n, size, at, t0, count);
   }
 }
 
@@ -256,14 +322,20 @@ inline void decode_typed(const AttentionArgs& a, const AttentionTask& t, char* b
       store(query + i * scratch.query_ld + d, load(from + d, count), count);
     }
   }
+  const AttentionArgs a_without_mask = without_mask(a);
   int64_t first, end;
   visible_range(t, scratch.rows[0], scratch.rows[n - 1], first, end);
   for (int64_t t0 = first; t0 < end; t0 += kDecodeTokens)
-    decode_block<Key>(a, t, scratch, t0, smaller(kDecodeTokens, end - t0));
+    decode_block<Key>(a, a_without_mask, t, scratch, t0, smaller(kDecodeTokens, end - t0));
   if (!t.state)
     for (int64_t i = 0; i < n; i++) write_row(a, scratch.rows[i], scratch.state, i);
 }
 
+// Measured on Zen 4: with two products per lane the packed tiles win from about 24 rows on, with one from about 32.
+inline int64_t most_decode_rows(const AttentionArgs& a) {
+  const bool pairs = a.dtype == DType::bf16 && DecodeDot<bf16>::width > F32::lanes;
+  return pairs ? 24 : 32;
+}
 inline int64_t decode_scratch(const AttentionArgs& a, int64_t rows) { return DecodeScratch(a, rows, nullptr).bytes; }
 
 inline void decode(const AttentionArgs& a, const AttentionTask& t, char* scratch) {

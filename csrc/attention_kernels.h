@@ -6,8 +6,8 @@
 namespace llmrt {
 namespace {
 
-constexpr AttentionKernels attention_kernels = {decode_scratch, decode,       prefill_scratch, prefill,
-                                                state_floats,   merge_states, rows_in_range};
+constexpr AttentionKernels attention_kernels = {most_decode_rows, decode_scratch, decode,       prefill_scratch,
+                                                prefill,          state_floats,   merge_states, rows_in_range};
 
 }  // namespace
 }  // namespace llmrt

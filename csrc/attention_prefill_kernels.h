@@ -212,15 +212,8 @@ inline void prefill_tile(const AttentionArgs& a, const PrefillScratch<Dot>& s, i
 
 template <class Dot, class Element>
 inline void prefill_block(const AttentionArgs& a, const AttentionTask& t, const PrefillScratch<Dot>& s, int64_t t0,
-                          int64_t count) {
+                          int64_t count, const uint8_t* seen) {
   const int64_t n = t.row1 - t.row0, padded = round_up(count, kTileWidth);
-  const uint8_t* seen = nullptr;
-  if (a.mask_kind != MaskKind::none) {
-    memset(s.seen, 0, kPrefillTokens);
-    mark_seen(a, t.sample, s.rows[0].token, s.rows[n - 1].token + 1, t.kv_head, t0, count, s.seen);
-    if (!any_seen(s.seen, count)) return;
-    seen = s.seen;
-  }
   BlockTokens at;
   find_tokens(a, t.sample, t.kv_head, t0, count, padded, seen, s.zeros, at);
   pack_keys<Dot, Element>(a, at, padded, s.keys);
@@ -252,10 +245,19 @@ inline void prefill_typed(const AttentionArgs& a, const AttentionTask& t, char* 
       store(s.query + i * s.query_ld + d, load(from + d, count), count);
     }
   }
+  const AttentionArgs a_without_mask = without_mask(a);
   int64_t first, end;
   visible_range(t, s.rows[0], s.rows[n - 1], first, end);
-  for (int64_t t0 = first; t0 < end; t0 += kPrefillTokens)
-    prefill_block<Dot, Element>(a, t, s, t0, smaller(kPrefillTokens, end - t0));
+  for (int64_t t0 = first; t0 < end; t0 += kPrefillTokens) {
+    const int64_t count = smaller(kPrefillTokens, end - t0);
+    if (unmasked(a, t.sample, t0, count)) {
+      prefill_block<Dot, Element>(a_without_mask, t, s, t0, count, nullptr);
+      continue;
+    }
+    memset(s.seen, 0, kPrefillTokens);
+    mark_seen(a, t.sample, s.rows[0].token, s.rows[n - 1].token + 1, t.kv_head, t0, count, s.seen);
+    if (any_seen(s.seen, count)) prefill_block<Dot, Element>(a, t, s, t0, count, s.seen);
+  }
   if (t.state) {
     Pieces pieces{(char*)t.state};
     const RowStates to = row_states(pieces, n, state_ld(a));

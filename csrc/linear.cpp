@@ -71,13 +71,16 @@ void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
     prepare.out = a.activations = place(activations.get(sizes.bytes(M)), sizes, M);
     parallel_ranges(row_blocks, 1, [&](int64_t b0, int64_t b1) { kernels.prepare(prepare, a.weight, b0, b1); });
   }
-  parallel_ranges(grid.tasks(), 1, [&](int64_t t0, int64_t t1) {
+  const auto prepared = [&] {
     MultiplyArgs mine = a;
     if (alone) {
       PrepareArgs own = prepare;
       own.out = mine.activations = place(activations.get(sizes.bytes(M)), sizes, M);
       kernels.prepare(own, a.weight, 0, row_blocks);
     }
+    return mine;
+  };
+  parallel_pieces(grid.tasks(), prepared, [&](const MultiplyArgs& mine, int64_t t0, int64_t t1) {
     grid.run(mine, t0, t1, scratch.get(scratch_bytes));
   });
 }

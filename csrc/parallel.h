@@ -4,6 +4,8 @@
 #include <omp.h>
 #include <stdint.h>
 
+#include <atomic>
+
 namespace llmrt {
 
 // Splits [0, count) into one contiguous range per thread, at least `grain` long, and calls f(begin, end).
@@ -18,6 +20,25 @@ void parallel_ranges(int64_t count, int64_t grain, const Function& f) {
   {
     const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
     if (count * t / n < count * (t + 1) / n) f(count * t / n, count * (t + 1) / n);
+  }
+}
+
+// Like parallel_ranges, but each thread takes the next of about 8 pieces per thread when it is done with one: a thread
+// that the system holds up leaves its work to the others. Each thread calls start() once and hands its result to
+// f(state, begin, end).
+template <class Start, class Function>
+void parallel_pieces(int64_t count, const Start& start, const Function& f) {
+  if (count <= 0) return;
+  int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+  if (threads > count) threads = count;
+  if (threads <= 1) return f(start(), 0, count);
+  const int64_t pieces = count < 8 * threads ? count : 8 * threads;
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+  {
+    const auto state = start();
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces;)
+      f(state, count * i / pieces, count * (i + 1) / pieces);
   }
 }
 

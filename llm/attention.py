@@ -21,6 +21,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
     sliding_window_overlay,
 )
+from transformers.utils import output_capturing
 
 from .. import ops
 
@@ -30,6 +31,18 @@ _attention = ops.attention.overload
 # A sliding window mask is a closure over (window overlay, causal); closures are recognized by the code they run.
 _BOTH = sliding_window_causal_mask_function(1).__code__
 _WINDOW = sliding_window_overlay(1).__code__
+
+
+_NO_WEIGHTS = (
+    "output_attentions=True: llmrt's attention never makes the weights; "
+    'call model.set_attn_implementation("eager") first'
+)
+
+
+def _asks_for_weights() -> bool:
+    """Return whether the running forward was called with output_attentions=True (some modules drop that argument)."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    return collector is not None and "attentions" in (collector.get() or ())
 
 
 def is_causal_pattern(mask_function: Callable[..., Any]) -> bool:
@@ -66,6 +79,8 @@ def attention_mask(
     """
     if q_length == 0:
         raise ValueError("the input has no token; pass at least one")
+    if _asks_for_weights():
+        raise ValueError(_NO_WEIGHTS)
     newest = isinstance(q_offset, int) and kv_offset + kv_length == q_offset + q_length
     if newest and is_causal_pattern(mask_function):
         if attention_mask is None:
@@ -126,10 +141,7 @@ def attention_forward(
     if dropout:
         raise ValueError(f"dropout is {dropout}; llmrt's attention is for inference: call model.eval()")
     if output_attentions:
-        raise ValueError(
-            "output_attentions=True: llmrt's attention never makes the weights; "
-            'call model.set_attn_implementation("eager") first'
-        )
+        raise ValueError(_NO_WEIGHTS)
     if position_bias is not None or cache is not None:
         raise ValueError(f"{type(module).__name__}: llmrt's attention takes no position_bias and no paged cache")
     if scaling is None:

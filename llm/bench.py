@@ -30,13 +30,13 @@ from .commands.options import (
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from .measure import Workload
     from .quantization import WeightOnlyQuantConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
-HEADS = {"int8": "int8", "int4": "int4", "none": False}
+HEADS: dict[str, bool | str] = {"int8": "int8", "int4": "int4", "none": False}
 
 
 @dataclass(frozen=True)
@@ -103,25 +103,21 @@ class Settings:
         return "fp32" if compute == "fp16" else compute
 
 
-def build(shape: str, settings: Settings) -> PreTrainedModel:
-    """Return a model of a named shape with random weights, optimized as the settings say.
+def build(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
+    """Return a model of a config with random weights, optimized as the settings say.
 
     Quantized weights are drawn as codes, one linear at a time: a 7B model in INT4 takes 4 GB, at no time more than 8.
-
-    Raises:
-        ValueError: an unknown shape.
     """
-    from .families.shapes import shape_config
     from .optimize import optimize
     from .random_weights import bare_model, fill_linears, quantized_linears
 
-    model, config = bare_model(shape_config(shape), settings.torch_dtype()), settings.quantization()
-    if config is not None:
-        quantized_linears(model, config)
+    model, quantization = bare_model(config, settings.torch_dtype()), settings.quantization()
+    if quantization is not None:
+        quantized_linears(model, quantization)
     fill_linears(model)
     if not settings.optimize:
         return model
-    return optimize(model, dtype=settings.torch_dtype(), inplace=True, quantization_config=config)
+    return optimize(model, dtype=settings.torch_dtype(), inplace=True, quantization_config=quantization)
 
 
 def load(directory: Path, settings: Settings) -> PreTrainedModel:
@@ -245,7 +241,7 @@ def bench(
     linear layers, against the peak of the unit that computes them; the decode's counts the bytes of weights and of cached keys and
     values, against the read bandwidth. Both limits are measured in the same process after the model.
     """
-    from .families.shapes import shape_names
+    from .families.shapes import shape_config, shape_names
     from .measure import Workload
 
     if shape == "list":
@@ -253,12 +249,15 @@ def bench(
         return
     if (model is None) == (shape is None):
         fail(f"give either a model directory or --shape; shapes: {', '.join(shape_names())}")
-    if model is not None and not (model / "config.json").is_file():
-        fail(f"{model} is not a model directory: it has no config.json")
+    if json_file is not None and not json_file.parent.is_dir():
+        fail(f"--json {json_file}: there is no folder {json_file.parent}")
     set_threads(threads)
     try:
+        workload = Workload(prompt, new, depth, batch, beams)
+        config = shape_config(shape) if shape is not None else _stored_config(model)  # type: ignore[arg-type]
+        workload.check_length(config)
         settings = Settings(
-            dtype=_dtype(dtype, model),
+            dtype=_dtype_name(dtype, config),
             weight_dtype=weight_dtype.value,
             compute_dtype=compute_dtype.value,
             group_size=group_size,
@@ -266,18 +265,17 @@ def bench(
             lm_head=lm_head,
             optimize=not plain,
         )
-        workload = Workload(prompt, new, depth, batch, beams)
         start = time.perf_counter()
-        made = build(shape, settings) if shape is not None else load(model, settings)  # type: ignore[arg-type]
+        made = build(config, settings) if shape is not None else load(model, settings)  # type: ignore[arg-type]
         load_s = time.perf_counter() - start
-        record = {
-            "model": shape or str(model),
-            "settings": asdict(settings),
-            "load_s": load_s,
-            **measure_model(made, settings, workload, iters, warmup),
-        }
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
+    record = {
+        "model": shape or str(model),
+        "settings": asdict(settings),
+        "load_s": load_s,
+        **measure_model(made, settings, workload, iters, warmup),
+    }
     if table:
         typer.echo(as_table(record))
     if json_file is not None:
@@ -288,16 +286,19 @@ def bench(
             json_file.write_text(text)
 
 
-def _dtype(dtype: DType, model: Path | None) -> str:
+def _stored_config(directory: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} is not a model directory: it has no config.json")
+    return AutoConfig.from_pretrained(directory, local_files_only=True)
+
+
+def _dtype_name(dtype: DType, config: PretrainedConfig) -> str:
     """Return the name of the dtype; auto: as the checkpoint says, bfloat16 for a shape."""
     if dtype is not DType.AUTO:
         return dtype.value
-    stored = None
-    if model is not None:
-        from transformers import AutoConfig
-
-        stored = AutoConfig.from_pretrained(model, local_files_only=True).dtype
-    return "bfloat16" if stored is None else str(stored).removeprefix("torch.")
+    return str(config.dtype or "bfloat16").removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -179,6 +179,11 @@ class KVLayer(CacheLayerMixin):
             )
         self._owner = weakref.ref(module)
 
+    @property
+    def claimed(self) -> bool:
+        """Whether an attention module has read this layer."""
+        return self._owner is not None
+
     def _logical(self, buffer: Tensor) -> Tensor:
         held = buffer[: self.batch, :, : self.length]
         if self.rows.table is None:

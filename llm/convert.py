@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import attention
-from .cache import KVCache
-from .linear import CanonicalLinear, LinearGroup, QuantLinear, SiblingLinear
+from . import attention, trial
+from .cache_setup import CacheSetup
+from .linear import LinearGroup, QuantLinear, SiblingLinear
 from .mlp import GatedMLP, QuantGatedMLP
 from .norm import convert_norm
-from .plan import Plan, Step
+from .plan import Plan, Step, settle_attention
 from .positions import with_limit
 from .rope import with_rotation
-
-
-def share_copy(model: Any) -> Any:
-    """Return a copy of a model's structure and configuration whose parameters and buffers are the model's own."""
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo)
 
 
 class Converter:
@@ -59,6 +51,7 @@ class Converter:
                     self.undo.clear()
             self._untie()
             self._dtype()
+            self._attention()
         except BaseException as error:
             if self.freed and not self.keep:
                 self._refuse(error)
@@ -132,6 +125,18 @@ class Converter:
         name = step.names[0]
         self._set(name, QuantLinear.from_linear(self.model.get_submodule(name), step.schemes[0]))
 
+    def _attention(self) -> None:
+        model, plan = self.model, self.plan
+        if plan.attention is None:
+            settle_attention(plan, model, trial.attention_misfit(model))
+        if plan.attention:
+            before = model.config._attn_implementation
+            self.undo.append(lambda: model.set_attn_implementation(before))
+            model.set_attn_implementation(attention.NAME)
+        if plan.cache:
+            model._prepare_cache_for_generation = CacheSetup(model)
+            self.undo.append(lambda: delattr(model, "_prepare_cache_for_generation"))
+
     def _untie(self) -> None:
         """A quantized head is no longer tied to the embedding: say so where transformers would tie it again."""
         head = self.model.get_output_embeddings()
@@ -169,42 +174,6 @@ class Converter:
             self.undo.append(lambda part=part, old=old: setattr(part, "dtype", old))  # type: ignore[misc]
 
 
-class CacheSetup:
-    """Stands for a model's `_prepare_cache_for_generation`: where `generate` would make a DynamicCache, it gets a `KVCache`."""
-
-    def __init__(self, model: Any) -> None:
-        """Refer to the model weakly, so that deleting it frees it."""
-        self._model: weakref.ref[Any] = weakref.ref(model)
-
-    def __call__(
-        self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int
-    ) -> Any:
-        """Put a cache into model_kwargs, as the method of transformers' GenerationMixin does."""
-        model: Any = self._model()
-        ours = (
-            model_kwargs.get("past_key_values") is None
-            and generation_config.use_cache is not False
-            and generation_config.cache_implementation in (None, "dynamic")
-            and model.config._attn_implementation == attention.NAME
-        )
-        if not ours:
-            return type(model)._prepare_cache_for_generation(
-                model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-        beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = KVCache(model.config, max_length=max(1, max_cache_length), beams=beams)
-        return None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CacheSetup:
-        """Belong to the copy of the model."""
-        model = self._model()
-        return CacheSetup(memo.get(id(model), model))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a reference to the model."""
-        return CacheSetup, (self._model(),)
-
-
 def return_free_memory() -> None:
     """Hand freed blocks back to the system where the C library can (glibc keeps those below its mmap threshold)."""
     try:
@@ -219,6 +188,3 @@ def weight_bytes(model: nn.Module) -> int:
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
     }
     return sum(sizes.values())
-
-
-__all__ = ["CacheSetup", "CanonicalLinear", "Converter", "return_free_memory", "share_copy", "weight_bytes"]

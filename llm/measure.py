@@ -54,6 +54,12 @@ class Workload:
         """Longest sequence in tokens."""
         return self.depth + self.prompt + self.new
 
+    def check_length(self, config: PretrainedConfig) -> None:
+        """Raise ValueError if a sequence is longer than the model's maximum."""
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if most and self.length > most:
+            raise ValueError(f"depth + prompt + new is {self.length} tokens; the model's maximum is {most}")
+
 
 @dataclass(frozen=True)
 class Work:
@@ -152,14 +158,13 @@ class Stopwatch:
 
     def __init__(self, model: PreTrainedModel, load: Workload, seed: int = 0) -> None:
         """Check the workload against the model and draw the tokens."""
-        text = model.config.get_text_config()
-        most = getattr(text, "max_position_embeddings", None)
-        if most and load.length > most:
-            raise ValueError(f"depth + prompt + new is {load.length} tokens; the model's maximum is {most}")
+        load.check_length(model.config)
         self.model, self.load = model, load
         self._past: Any = None
         generator = torch.Generator().manual_seed(seed)
-        self.tokens = torch.randint(text.vocab_size, (load.batch, load.depth + load.prompt), generator=generator)
+        self.tokens = torch.randint(
+            model.config.get_text_config().vocab_size, (load.batch, load.depth + load.prompt), generator=generator
+        )
         # No end-of-sequence token: every run makes exactly `new` tokens.
         self.settings = GenerationConfig(
             max_new_tokens=load.new,

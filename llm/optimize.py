@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from . import attention
-from .convert import CacheSetup, Converter, share_copy, weight_bytes
+from .convert import Converter, weight_bytes
 from .linear import QuantLinear, SiblingLinear
-from .plan import Plan, Planner, check_weights
+from .plan import Planner, check_weights
 from .quantization import WeightOnlyQuantConfig
+from .sharing import share_copy
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,17 +62,12 @@ def optimize(
         model, optimizer, dtype, device, quantization_config, qconfig_summary_file, low_precision_checkpoint
     )
     plan = Planner(model, quantization_config).plan()
-    _plan_attention(model, plan)
     check_weights(model, plan)
     if strict:
         plan.report.raise_if_unoptimized()
     plan.report.bytes_before = weight_bytes(model)
     result = model if inplace else share_copy(model)
     Converter(result, plan, dtype, keep=not inplace).run()
-    if any(e.kind == "attention" and e.by for e in plan.report.entries):
-        result.set_attn_implementation(attention.NAME)
-    if any(e.kind == "cache" and e.by for e in plan.report.entries):
-        result._prepare_cache_for_generation = CacheSetup(result)
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
     if quantization_config is not None:
@@ -98,8 +92,9 @@ def _check_arguments(
         raise ValueError("the model is optimized already; call optimize on the original model")
     if optimizer is not None:
         raise ValueError("optimizer must be None: llmrt optimizes for inference only")
-    if model.training or any(m.training for m in model.modules()):
-        raise ValueError("the model is in training mode; call model.eval() first")
+    training = next((name for name, m in model.named_modules() if m.training), None)
+    if training is not None:
+        raise ValueError(f"{training or 'the model'} is in training mode; call model.eval() first")
     if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} has no language-model head; load it as a CausalLM class")
     if dtype is not None and dtype not in _DTYPES:
@@ -140,23 +135,3 @@ def _check_tensors(model: Any, dtype: torch.dtype | None) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear | SiblingLinear):
             raise ValueError(f"{name} is quantized by llmrt already")
-
-
-def _plan_attention(model: Any, plan: Plan) -> None:
-    """Add the attention interface and the cache to the report."""
-    if model.config.is_encoder_decoder or not model._can_set_attn_implementation():
-        reason = f"{type(model).__name__} does not go through transformers' attention interface"
-        plan.report.add("", "attention", reason=reason, expected=False)
-        plan.report.add("", "cache", reason="needs the attention interface", expected=False)
-        return
-    plan.report.add("", "attention", "ops.attention")
-    prepare = getattr(type(model), "_prepare_cache_for_generation", None)
-    if prepare is None:
-        plan.report.add("", "cache", reason=f"{type(model).__name__} cannot generate")
-        return
-    wanted = list(inspect.signature(CacheSetup.__call__).parameters)
-    if list(inspect.signature(prepare).parameters) != wanted:
-        reason = "this transformers release prepares caches in another way"
-        plan.report.add("", "cache", reason=reason, expected=False)
-        return
-    plan.report.add("", "cache", "KVCache in generate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import probe
+from . import probe, trial
+from .cache_setup import CacheSetup
 from .families import FAMILIES, Family, Gated, GatedFused, Plain, find_family
 from .linear import CanonicalLinear, Scheme
 from .mlp import GATED_ACTIVATIONS
@@ -45,10 +47,17 @@ class Step:
 
 @dataclass
 class Plan:
-    """Steps in order, and the report that is true once they are done."""
+    """Steps in order, and the report that is true once they are done.
+
+    Args:
+        attention: whether llmrt's attention will be set; None: to be tried out when the weights are packed.
+        cache: whether generate will get a `KVCache`.
+    """
 
     report: OptimizationReport
     steps: list[Step] = field(default_factory=list)
+    attention: bool | None = False
+    cache: bool = False
     quantization: WeightOnlyQuantConfig | None = None
 
 
@@ -79,9 +88,11 @@ class Planner:
         self.shared = {key for key, count in seen.items() if count > 1}
         self.probed: dict[Any, Any] = {}
         self.taken: set[str] = set()  # linears that an MLP or group uses
+        self.read: set[str] = set()  # linears whose weight the model reads itself
 
     def plan(self) -> Plan:
         """Return the plan."""
+        self._attention()
         self._norms()
         self._rotations()
         self._positions()
@@ -99,6 +110,24 @@ class Planner:
         if key not in self.probed:
             self.probed[key] = function()
         return self.probed[key]
+
+    def _attention(self) -> None:
+        """Plan attention interface and cache; a model without a row is tried out first."""
+        model = self.model
+        stored = any(isinstance(m, CanonicalLinear) for m in self.modules.values())
+        reason = None
+        if self.family is None and not stored:
+            read = trial.directly_read(model)
+            reason = read if isinstance(read, str) else None
+            self.read = set() if isinstance(read, str) else read
+        if model.config.is_encoder_decoder or not model._can_set_attn_implementation():
+            reason = f"{type(model).__name__} does not go through transformers' attention interface"
+        elif self.family is None and stored:
+            self.plan_.attention = None
+            return
+        elif self.family is None:
+            reason = reason or trial.attention_misfit(model)
+        settle_attention(self.plan_, model, reason)
 
     def _obstacle(self, module: nn.Module) -> str | None:
         """Return why a module may not be swapped at all, or None."""
@@ -265,7 +294,7 @@ class Planner:
     def _scheme(self, name: str) -> Scheme | None:
         """Return how a linear is quantized, or None when it stays floating point."""
         config, module = self.quantization, self.modules[name]
-        if config is None or config.excluded_by(name) is not None:
+        if config is None or name in self.read or config.excluded_by(name) is not None:
             return None
         if isinstance(module, CanonicalLinear):
             return Scheme(module.layout, config.compute)
@@ -307,6 +336,8 @@ class Planner:
             elif not is_linear(module):
                 reason = f"{type(module).__name__} has a forward of its own"
                 self.report.add(name, kind, reason=reason, expected=False)
+            elif name in self.read:
+                self.report.add(name, kind, reason="the model reads its weight directly", expected=False)
             elif scheme is None:
                 self.report.add(name, kind, reason="lm_head=False")
             else:
@@ -333,6 +364,21 @@ class Planner:
             alone = WeightOnlyQuantConfig(modules_to_not_convert=[entry])
             if not any(alone.excluded_by(n) for n in names):
                 raise ValueError(f"modules_to_not_convert has {entry!r}, which matches no linear of the model")
+
+
+def settle_attention(plan: Plan, model: Any, reason: str | None) -> None:
+    """Enter into plan and report whether attention and cache are used; reason: why not."""
+    plan.attention = reason is None
+    plan.report.add("", "attention", "ops.attention" if reason is None else None, reason, expected=reason is None)
+    prepare = getattr(type(model), "_prepare_cache_for_generation", None)
+    wanted = list(inspect.signature(CacheSetup.__call__).parameters)
+    if reason is not None:
+        plan.report.add("", "cache", reason="needs llmrt's attention", expected=False)
+    elif prepare is None or list(inspect.signature(prepare).parameters) != wanted:
+        plan.report.add("", "cache", reason="this transformers release prepares caches in another way", expected=False)
+    else:
+        plan.cache = True
+        plan.report.add("", "cache", "KVCache in generate")
 
 
 def check_weights(model: nn.Module, plan: Plan) -> None:

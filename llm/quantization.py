@@ -7,7 +7,6 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..ops.formats import FORMATS, SCALE_DTYPES, Layout
@@ -22,8 +21,6 @@ _SPELLINGS = {
     "s8": ("int8", False),
 }
 _SCALE_SPELLINGS = {"fp32": "f32", "float32": "f32", "bfloat16": "bf16", "fp16": "f16", "float16": "f16"}
-#: The head's logits decide the token, see WeightOnlyQuantConfig.lm_head.
-HEAD_LAYOUT = Layout("int8", False, -1, torch.float32)
 
 
 @dataclass
@@ -41,7 +38,7 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
         method: "rtn", rounding to nearest.
         modules_to_not_convert: names, parts of names ("q_proj", "layers.0") or patterns ("*.mlp.*") of linears that stay as they
             are.
-        lm_head: the output head. True or "int8" (default): INT8, one float32 scale per row, symmetric. The head's logits decide
+        lm_head: the output head. True or "int8" (default): INT8, one scale per row, symmetric. The head's logits decide
             the token and it is read in whole for each one: 8 bits are lossless in practice
             and halve the 525 MB that a bfloat16 head of 128k x 2048 reads per token. "int4": as the other linears. False:
             stays floating point. Embeddings always stay floating point, also when the head was tied to them.
@@ -124,7 +121,7 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
             return None
         if self.lm_head == "int4":
             return replace(self.layout(), weight_dtype="int4")
-        return HEAD_LAYOUT
+        return Layout("int8", False, -1, SCALE_DTYPES[self.scale_dtype])
 
     @property
     def compute(self) -> str:

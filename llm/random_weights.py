@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..ops.formats import Layout
@@ -40,11 +40,18 @@ def fill_linears(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight.is_meta:
             weight = torch.empty_like(module.weight, device="cpu")
-            flat, block = weight.view(-1), (drawn / module.in_features**0.5).to(weight.dtype)
-            for start in range(0, flat.numel(), block.numel()):
-                part = flat[start : start + block.numel()]
-                part.copy_(block[: part.numel()])
+            _repeat((drawn / module.in_features**0.5).to(weight.dtype), weight.view(-1))
             module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _repeat(drawn: Tensor, out: Tensor) -> None:
+    """Fill `out` with repetitions of `drawn` along the first dimension."""
+    done = min(len(drawn), len(out))
+    out[:done] = drawn[:done]
+    while done < len(out):
+        more = min(done, len(out) - done)
+        out[done : done + more] = out[:more]
+        done += more
 
 
 class RandomLinear(CanonicalLinear):
@@ -60,19 +67,22 @@ class RandomLinear(CanonicalLinear):
             self.register_buffer(name, torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape))
         self.bias = linear.bias
         self.seed = seed
+        self.train(linear.training)
 
     def canonical(self) -> Canonical:
         """Draw the weight; every call gives the same one."""
         bits, groups = self.layout.format.bits, self.layout.geometry(self.in_features).groups
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randint(
-            256, (min(DRAWN_ROWS, self.out_features), self.qweight.shape[1]), generator=generator, dtype=torch.uint8
+            256,
+            (min(DRAWN_ROWS, self.out_features), -(-self.in_features * bits // 8)),
+            generator=generator,
+            dtype=torch.uint8,
         )
         if bits == 4 and self.in_features % 2:
             drawn[:, -1] &= 15  # the nibble behind the last input is 0
         codes = torch.empty((self.out_features, drawn.shape[1]), dtype=torch.uint8)
-        for part in codes.split(DRAWN_ROWS):
-            part.copy_(drawn[: part.shape[0]])
+        _repeat(drawn, codes)
         deviation = ((1 << bits) ** 2 / 12) ** 0.5
         shape = (self.out_features, groups)
         scales = torch.full(shape, 1 / (deviation * self.in_features**0.5), dtype=self.layout.scale_dtype)

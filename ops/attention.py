@@ -14,6 +14,12 @@ from .norm import wide
 from .operator import Sample, operator
 
 
+def check_last_dense(x: Tensor, name: str) -> None:
+    """Raise unless the last dimension of `x` is contiguous."""
+    dense = x.shape[-1] <= 1 or x.stride(-1) == 1
+    check(dense, f"{name} has stride {x.stride(-1)} in its last dimension; expected 1")
+
+
 def check_mask(mask: Tensor, batch: int, heads: int, tokens: int, length: int) -> None:
     """Raise RuntimeError unless `mask` is [B, >= length] bool or [B|1, 1|H, S, >= length] bool or floating."""
     boolean = mask.dtype == torch.bool
@@ -52,6 +58,8 @@ def check_attention(
     check_shape(key, (-1, -1, -1, width), "key")
     cache_rows, kv_heads, capacity, _ = key.shape
     check_shape(value, (cache_rows, kv_heads, capacity, -1), "value")
+    check_last_dense(key, "key")
+    check_last_dense(value, "value")
     check(
         kv_heads > 0 and heads % kv_heads == 0,
         f"query has {heads} heads; expected a multiple of the {kv_heads} key heads",
@@ -242,7 +250,11 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
     # batch, tokens, heads, kv_heads, width, length
     yield sample("prefill", 2, 9, 4, 2, 16, 9)
     yield sample("decode", 2, 1, 8, 2, 64, 70)
-    yield sample("several tokens with a past", 2, 5, 6, 2, 80, 45)
+    yield sample("several tokens with a past", 2, 5, 6, 2, 80, 45, softcap=2.5, sinks=torch.randn(6).to(dtype))
+    rows = torch.randint(0, 3, (4, 20), dtype=torch.int32)
+    yield sample("indirect", 4, 1, 4, 2, 8, 19, mask=_left_padding(4, 19), rows=rows, beams=2, cache_rows=3)
+    yield sample("slopes and window", 1, 6, 4, 1, 24, 30, slopes=torch.rand(4), window=11)
+    yield sample("bias", 1, 4, 2, 2, 16, 4, mask=torch.randn(1, 2, 4, 4, dtype=dtype), causal=False)
     yield sample("not causal", 1, 7, 3, 3, 40, 4, causal=False)
     yield sample("no query token", 2, 0, 4, 2, 16, 5)
     yield sample("no cached token", 2, 3, 4, 2, 16, 0, causal=False)

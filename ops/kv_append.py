@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .attention import check_last_dense
 from .check import check, check_dtype, check_floating, check_shape
 from .operator import Sample, operator
 
@@ -21,6 +22,8 @@ def check_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Ten
     check_shape(value_cache, (rows, heads, capacity, -1), "value_cache")
     check_shape(key, (-1, -1, heads, width), "key")
     check_shape(value, (key.shape[0], key.shape[1], heads, value_cache.shape[3]), "value")
+    for x, name in ((key_cache, "key_cache"), (key, "key"), (value_cache, "value_cache"), (value, "value")):
+        check_last_dense(x, name)
     check(key.shape[0] <= rows, f"key has {key.shape[0]} rows; key_cache holds {rows}")
     check(every >= 1, f"every is {every}; expected at least 1")
     check(

@@ -42,7 +42,7 @@ def load(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[], dict[st
     start = time.perf_counter()
     if args.kind.startswith("llmrt"):
         settings = bench.Settings(weight_dtype=args.kind[6:], group_size=args.group_size, lm_head=args.lm_head)
-        model = bench.build(args.shape, settings)
+        model = bench.build(shape_config(args.shape), settings)
     else:
         model = random_weights.bare_model(shape_config(args.shape), torch.bfloat16)
         if args.kind == "torch-int4":

@@ -53,7 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma-2-2b": _row("gemma2", 2304, 9216, 26, 8, 4, 256000, 8192, head_dim=256),
     "gemma-3-1b": _row("gemma3_text", 1152, 6912, 26, 4, 1, 262144, 32768, head_dim=256, sliding_window=512),
     "glm-4-9b": _row("glm", 4096, 13696, 40, 32, 2, 151552, 131072, head_dim=128, attention_bias=True),
-    "tiny": _row("llama", 64, 160, 2, 4, 2, 264, 512),
+    "tiny": _row("llama", 64, 160, 2, 4, 2, 264, 1024),
 }
 
 #: Shapes for tests, left out of lists that users see.
@@ -65,13 +65,13 @@ def shape_names() -> list[str]:
     return [name for name in SHAPES if name not in HIDDEN]
 
 
-def shape_config(name: str) -> PretrainedConfig:
-    """Return the transformers config of a shape.
+def shape_config(name: str, **changes: Any) -> PretrainedConfig:
+    """Return the transformers config of a shape, with some of its fields changed.
 
     Raises:
         ValueError: for a name that is not in the table.
     """
     if name not in SHAPES:
         raise ValueError(f"shape '{name}' is unknown; known shapes: {', '.join(shape_names())}")
-    row = dict(SHAPES[name])
+    row = {**SHAPES[name], **changes}
     return AutoConfig.for_model(row.pop("model_type"), **row)

@@ -6,13 +6,13 @@ import statistics
 import pytest
 import torch
 import typer
-from llmrt.llm.linear import QuantLinear, Scheme
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llmrt.llm import bench as bench_command
 from llmrt.llm import doctor, measure, random_weights
 from llmrt.llm.families.shapes import SHAPES, shape_config, shape_names
+from llmrt.llm.linear import QuantLinear, Scheme
 from llmrt.llm.measure import Timing, Work, Workload
 
 PEAKS = {"read": 1e10, "int8": 1e12, "bf16": 5e11, "fp32": None}
@@ -97,7 +97,7 @@ def test_model_directory(tmp_path):
         (["--shape", "tiny", "--group-size", 3], "group_size is 3"),
         (["--shape", "tiny", "--plain"], "weight_dtype is 'int4' without optimize"),
         (["--shape", "tiny", "--depth", 4, "--beams", 2], "depth is 4 with 2 beams"),
-        (["--shape", "tiny", "-p", 600], "is 664 tokens; the model's maximum is 512"),
+        (["--shape", "tiny", "-p", 1000], "is 1064 tokens; the model's maximum is 1024"),
         (["--shape", "tiny", "-n", 1], "'-n'"),
         (["--shape", "tiny", "--weight-dtype", "int3"], "int3"),
         (["--shape", "tiny", "--json", "/no/such/folder/x.json"], "/no/such/folder"),
@@ -135,12 +135,12 @@ def test_counts_of_the_default_shape():
 
 @pytest.mark.parametrize("head", ["int8", "none"])
 def test_weight_bytes_are_the_packed_ones(head):
-    model = bench_command.build("tiny", bench_command.Settings(group_size=32, lm_head=head))
-    packed = sum(m.packed.numel() for m in model.modules() if isinstance(m, QuantLinear))
+    model = bench_command.build(shape_config("tiny"), bench_command.Settings(group_size=32, lm_head=head))
+    packed = sum(b.numel() for b in model.buffers() if b.dtype == torch.uint8)
     table = model.get_input_embeddings().weight
     rest = sum(p.numel() * p.element_size() for p in model.parameters() if p is not table)
     counted = measure.count_work(model, torch.bfloat16).weight_bytes
-    small = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if not n.endswith("packed"))
+    small = sum(b.numel() * b.element_size() for b in model.buffers() if b.dtype != torch.uint8)
     assert packed + rest <= counted <= packed + rest + small
     config = model.config
     assert packed > config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size / 2
@@ -176,6 +176,27 @@ def test_cache_bytes_count_windows_and_beams():
     assert full.cache_bytes(Workload(prompt=5, new=3, beams=3)) == ((5 + 3) + (5 + 6)) / 2
 
 
-def test_every_shape_has_a_config():
-    for name in SHAPES:
-        assert shape_config(name).num_hidden_layers == SHAPES[name]["num_hidden_layers"]
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 320,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@pytest.mark.parametrize("name", sorted({row["model_type"]: name for name, row in SHAPES.items()}.values()))
+def test_every_kind_of_shape_runs(name):
+    """One shape per model type, made small: everything on the CPU, every linear quantized, tokens come out."""
+    model = bench_command.build(shape_config(name, **SMALL), bench_command.Settings(group_size=32))
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    assert not model.optimization_report.unoptimized
+    assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
+    timing = measure.Stopwatch(model, Workload(prompt=7, new=3)).run()
+    assert timing.first > 0 and len(timing.next) == 2
+    assert torch.isfinite(model(torch.arange(8).unsqueeze(0)).logits).all()

@@ -1,0 +1,84 @@
+"""kv_append: what it leaves alone, strides, bad arguments."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from llmrt import ops
+
+
+def test_other_memory_is_untouched(isa: str) -> None:
+    memory = torch.full((2, 4, 12, 3, 10), math.nan)
+    key_cache, value_cache = memory[0].transpose(1, 2)[:, :2, :, :8], memory[1].transpose(1, 2)[:, 1:, :, 1:7]
+    fused = torch.randn(4, 5, 6, 8)
+    key, value = fused[:, :, :2], fused[:, :, 3:5, :6]
+    ops.kv_append(key_cache, value_cache, key, value, 4, 2)
+    assert torch.equal(key_cache[::2, :, 4:9], key[::2].transpose(1, 2))
+    assert torch.equal(value_cache[::2, :, 4:9], value[::2].transpose(1, 2))
+    written = 2 * 2 * 5 * (8 + 6)
+    assert memory.isfinite().sum() == written
+
+
+def test_every_dtype_is_copied_bit_by_bit(isa: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        key_cache, value_cache = torch.zeros(2, 1, 3, 2, 9, 16, dtype=dtype).unbind(0)
+        key = torch.tensor([math.nan, math.inf, -0.0, 1e-7] * 4).to(dtype).expand(1, 5, 2, 16)
+        ops.kv_append(key_cache[0, :, :, :], value_cache[0], key, -key, 2)
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        for cache, new in ((key_cache, key), (value_cache, -key)):
+            assert torch.equal(cache[0, 0, :, 2:7].view(bits), new[0].transpose(0, 1).contiguous().view(bits))
+            assert not cache[0, 0, :, :2].any() and not cache[0, :, :, 7:].any() and not cache[0, 1:].any()
+
+
+CACHE, NEW = torch.zeros(2, 3, 6, 8), torch.zeros(2, 4, 3, 8)
+BAD: list[tuple[str, Callable[[], Any], str]] = [
+    (
+        "position",
+        lambda: ops.kv_append(CACHE, CACHE, NEW, NEW, 3),
+        "position 3 and 4 tokens do not fit .* capacity of 6",
+    ),
+    ("negative position", lambda: ops.kv_append(CACHE, CACHE, NEW, NEW, -1), "position -1 and 4 tokens do not fit"),
+    ("every", lambda: ops.kv_append(CACHE, CACHE, NEW, NEW, 0, 0), "every is 0; expected at least 1"),
+    ("rows", lambda: ops.kv_append(CACHE[:1], CACHE[:1], NEW, NEW, 0), "key has 2 rows; key_cache holds 1"),
+    ("cache dtype", lambda: ops.kv_append(CACHE.int(), CACHE, NEW, NEW, 0), "key_cache has dtype int32"),
+    (
+        "value cache dtype",
+        lambda: ops.kv_append(CACHE, CACHE.half(), NEW, NEW, 0),
+        "value_cache has dtype float16; expected f",
+    ),
+    ("key dtype", lambda: ops.kv_append(CACHE, CACHE, NEW.half(), NEW, 0), "key has dtype float16; expected float32"),
+    (
+        "value dtype",
+        lambda: ops.kv_append(CACHE, CACHE, NEW, NEW.half(), 0),
+        "value has dtype float16; expected float32",
+    ),
+    (
+        "key heads",
+        lambda: ops.kv_append(CACHE, CACHE, NEW[:, :, :2], NEW, 0),
+        r"key has shape .* expected \[any, any, 3, 8",
+    ),
+    (
+        "value tokens",
+        lambda: ops.kv_append(CACHE, CACHE, NEW, NEW[:, :3], 0),
+        r"value has shape .* expected \[2, 4, 3, 8",
+    ),
+    (
+        "capacity",
+        lambda: ops.kv_append(CACHE, CACHE[:, :, :5], NEW, NEW, 0),
+        r"value_cache has shape .* \[2, 3, 6, any",
+    ),
+    (
+        "stride",
+        lambda: ops.kv_append(CACHE.mT.contiguous().mT, CACHE, NEW, NEW, 0),
+        "key_cache has stride 6 in its last",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), [pytest.param(c, m, id=name) for name, c, m in BAD])
+def test_bad_arguments_are_named(isa: str, call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call()
