@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CountOperators, error, padded_batch, tiny_model
+from models import CountOperators, dequantized, error, padded_batch, tiny_model
 from torch import nn
 
 from llmrt import llm
@@ -170,9 +170,9 @@ def test_a_state_dict_has_the_original_names() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_compute_and_dtype(compute: str, dtype: torch.dtype) -> None:
     config = llm.WeightOnlyQuantConfig(weight_dtype="int8", group_size=16, compute_dtype=compute)
-    plain, batch = tiny_model("llama"), padded_batch()
-    fast = llm.optimize(plain, dtype=dtype, quantization_config=config)
+    fast, batch = llm.optimize(tiny_model("llama"), dtype=dtype, quantization_config=config), padded_batch()
     logits = fast(**batch).logits
     assert logits.dtype == dtype and fast.lm_head.compute == compute
-    bound = {"int8": 0.1, "bf16": 0.06}.get(compute, 0.06 if dtype == torch.bfloat16 else 0.03)
-    assert error(logits, plain(**batch).logits, batch["attention_mask"]) < bound
+    bits = {"int8": 4, "bf16": 6, "fp16": 9, "fp32": 12}[compute]  # that are right after rounding in every layer
+    bits = min(bits, {torch.bfloat16: 4, torch.float16: 7, torch.float32: 12}[dtype])
+    assert error(logits, dequantized("llama", fast)(**batch).logits, batch["attention_mask"]) < 2**-bits
