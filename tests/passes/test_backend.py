@@ -80,8 +80,8 @@ def test_entry_points_name_what_exists() -> None:
 def test_found_by_name_without_an_import() -> None:
     code = """if True:
         import sys, torch
+        assert "llmrt" not in sys.modules
         compiled = torch.compile(lambda x: x.sin() + 1, backend="llmrt")
-        assert not [name for name in sys.modules if name.startswith("llmrt")]
         x = torch.randn(4)
         assert torch.equal(compiled(x), x.sin() + 1)
         assert "llmrt.passes.backend" in sys.modules and "transformers" not in sys.modules
