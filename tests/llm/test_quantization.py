@@ -33,7 +33,8 @@ def test_spellings(options: dict[str, Any], expected: str) -> None:
     config = llm.WeightOnlyQuantConfig(**options)
     assert str(config.layout()) + (" fullrange" if config.fullrange else "") == expected
     assert llm.WeightOnlyQuantConfig(**config.to_dict()) == config
-    assert config.compute == "int8" and str(config.head_layout()) == "int8_sym_channel_f32"
+    head = "int8_sym_channel_" + expected.split()[0].rpartition("_")[2]
+    assert config.compute == "int8" and str(config.head_layout()) == head
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_values_that_do_not_exist(options: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize(
     ("lm_head", "layout"),
-    [(True, "int8_sym_channel_f32"), ("int8", "int8_sym_channel_f32"), ("int4", "int4_asym_g16_bf16")],
+    [(True, "int8_sym_channel_bf16"), ("int8", "int8_sym_channel_bf16"), ("int4", "int4_asym_g16_bf16")],
 )
 def test_head(lm_head: Any, layout: str) -> None:
     config = llm.WeightOnlyQuantConfig(group_size=16, scheme="asym", lm_head=lm_head)
