@@ -22,10 +22,13 @@ inline F32 operator-(F32 a, F32 b) { return sub(a, b); }
 inline F32 operator*(F32 a, F32 b) { return mul(a, b); }
 inline F32 operator/(F32 a, F32 b) { return div(a, b); }
 
+// min and max return their second operand where one is NaN: in this order NaN passes through.
+inline F32 clamp(F32 x, float low, float high) { return min(F32::set1(high), max(F32::set1(low), x)); }
+
 // Elementwise functions: exp to 2 ulp over the whole float range (Cephes expf: reduction by ln 2 and a degree-5
 // polynomial).
 inline F32 exp(F32 x) {
-  x = min(max(x, F32::set1(-103.97f)), F32::set1(88.72283f));
+  x = clamp(x, -103.97f, 88.72283f);
   F32 n = round(x * F32::set1(1.44269504088896341f));
   F32 r = fma(n, F32::set1(-0.693359375f), x);
   r = fma(n, F32::set1(2.12194440e-4f), r);
@@ -40,12 +43,12 @@ inline F32 exp(F32 x) {
 }
 inline F32 sigmoid(F32 x) { return F32::set1(1.f) / (F32::set1(1.f) + exp(F32::zero() - x)); }
 inline F32 tanh(F32 x) {
-  F32 e = exp(min(max(x, F32::set1(-20.f)), F32::set1(20.f)) * F32::set1(2.f));
+  F32 e = exp(clamp(x, -20.f, 20.f) * F32::set1(2.f));
   return (e - F32::set1(1.f)) / (e + F32::set1(1.f));
 }
 // Error function as x P(x^2) / Q(x^2) on |x| <= 4 (minimax coefficients as used by Eigen), absolute error below 3e-7.
 inline F32 erf(F32 x) {
-  x = min(max(x, F32::set1(-4.f)), F32::set1(4.f));
+  x = clamp(x, -4.f, 4.f);
   F32 y = x * x;
   F32 p = F32::set1(-2.72614225801306e-10f);
   p = fma(p, y, F32::set1(2.77068142495902e-08f));

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .commands.options import (
+    DEMO,
     ComputeDType,
     ComputeDTypeOption,
     DType,
@@ -27,6 +28,7 @@ from .commands.options import (
     fail,
     set_threads,
 )
+from .demo import demo_model_path
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +129,9 @@ def load(directory: Path, settings: Settings) -> PreTrainedModel:
     from .optimize import optimize
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=settings.torch_dtype(), local_files_only=True)
-    if not settings.optimize:
+    if (
+        not settings.optimize or getattr(model, "optimization_report", None) is not None
+    ):  # what llmrt wrote loads optimized
         return model
     return optimize(model, dtype=settings.torch_dtype(), inplace=True, quantization_config=settings.quantization())
 
@@ -207,7 +211,9 @@ def _settings_text(settings: dict[str, Any]) -> str:
 
 
 def bench(
-    model: Annotated[Path | None, typer.Argument(help="Model directory; or give --shape.", show_default=False)] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="A model's directory or 'demo'; or give --shape.", show_default=False)
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(help="A known model's dimensions with random weights; 'list' prints them.")
     ] = None,
@@ -240,6 +246,8 @@ def bench(
     Everything runs through the model's own `generate`, on random tokens. The prompt's percentage counts the operations of the
     linear layers, against the peak of the unit that computes them; the decode's counts the bytes of weights and of cached keys and
     values, against the read bandwidth. Both limits are measured in the same process after the model.
+
+    Example: llmrt bench --shape llama-3.2-1b --weight-dtype int4 -p 512 -n 64
     """
     from .families.shapes import shape_config, shape_names
     from .measure import Workload
@@ -251,20 +259,21 @@ def bench(
         fail(f"give either a model directory or --shape; shapes: {', '.join(shape_names())}")
     if json_file is not None and not json_file.parent.is_dir():
         fail(f"--json {json_file}: there is no folder {json_file.parent}")
+    if str(model) == DEMO:
+        model = demo_model_path()
     set_threads(threads)
     try:
         workload = Workload(prompt, new, depth, batch, beams)
         config = shape_config(shape) if shape is not None else _stored_config(model)  # type: ignore[arg-type]
         workload.check_length(config)
-        settings = Settings(
-            dtype=_dtype_name(dtype, config),
-            weight_dtype=weight_dtype.value,
-            compute_dtype=compute_dtype.value,
-            group_size=group_size,
-            scheme=scheme.value,
-            lm_head=lm_head,
-            optimize=not plain,
-        )
+        weights = {
+            "weight_dtype": weight_dtype.value,
+            "compute_dtype": compute_dtype.value,
+            "group_size": group_size,
+            "scheme": scheme.value,
+            "lm_head": lm_head,
+        }
+        settings = Settings(_dtype_name(dtype, config), **(_stored_weights(config) or weights), optimize=not plain)
         start = time.perf_counter()
         made = build(config, settings) if shape is not None else load(model, settings)  # type: ignore[arg-type]
         load_s = time.perf_counter() - start
@@ -284,6 +293,16 @@ def bench(
             typer.echo(text, nl=False)
         else:
             json_file.write_text(text)
+
+
+def _stored_weights(config: PretrainedConfig) -> dict[str, Any] | None:
+    """Return the settings of weights that are stored quantized by llmrt: they replace the options; else None."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None or stored.get("quant_method") != "llmrt":
+        return None
+    names = ("weight_dtype", "compute_dtype", "group_size", "scheme")
+    head = stored["lm_head"]
+    return {**{name: stored[name] for name in names}, "lm_head": {True: "int8", False: "none"}.get(head, head)}
 
 
 def _stored_config(directory: Path) -> PretrainedConfig:

@@ -37,7 +37,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "perplexity", "quantize", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "chat", "perplexity", "quantize", "bench", "doctor"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"Example: llmrt {command}" in good(command, "--help").stdout
 
@@ -129,6 +129,19 @@ def test_quantize_replaces_only_with_force(quantized: Path) -> None:
     assert refused.exit_code == 2 and "not empty" in refused.stderr
     good("quantize", "demo", str(quantized), "--group-size", "32", "--force")
     assert keep.read_text() == "mine" and not (quantized / "model-00001-of-00002.safetensors").exists()
+
+
+@pytest.mark.parametrize("model", ["demo", "quantized"])
+def test_bench_takes_the_demo_and_what_quantize_wrote(
+    model: str, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "llmrt.llm.doctor.measured_peaks", lambda threads: dict.fromkeys(("read", "int8", "bf16", "fp32"))
+    )
+    name = str(quantized) if model == "quantized" else model
+    options = ("-p", "4", "-n", "2", "--iters", "1", "--no-table", "--json", "-")
+    settings = json.loads(good("bench", name, *options).stdout)["settings"]
+    assert (settings["weight_dtype"], settings["group_size"]) == ("int4", 32 if model == "quantized" else 128)
 
 
 def test_doctor_tells_the_tier() -> None:

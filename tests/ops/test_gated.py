@@ -46,3 +46,10 @@ def test_halves_of_a_fused_projection(dtype: torch.dtype, isa: str) -> None:
     expected = functional.silu(gate.double()) * up.double()
     rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_nan_passes_through_every_activation(name: str, isa: str) -> None:
+    weight = ops.pack_weight(*ops.quantize(torch.eye(32), ops.Layout()), str(ops.Layout()), 32)
+    x = torch.full((1, 32), float("nan"))
+    assert ops.quant_linear(x, weight, None, None, str(ops.Layout()), 32, "fp32", name).isnan().all()
