@@ -19,8 +19,8 @@ from ..ops.formats import Layout, check_canonical, interleave_gate_up, quantize,
 _quant_linear = ops.quant_linear.overload
 _pack = ops.pack_weight
 _unpack = ops.unpack_weight
-#: Weight elements quantized at once: 4 MB as float32, of which quantizing makes about four copies.
-CHUNK = 1 << 20
+#: Weight elements quantized at once: 1 MB as float32, of which quantizing makes about four copies.
+CHUNK = 1 << 18
 
 
 class Canonical(NamedTuple):
