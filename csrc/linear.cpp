@@ -80,7 +80,9 @@ void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
     }
     return mine;
   };
-  parallel_pieces(grid.tasks(), prepared, [&](const MultiplyArgs& mine, int64_t t0, int64_t t1) {
+  // One row block is bound by memory: each thread reads one long range. Many are bound by arithmetic: small pieces
+  // balance.
+  parallel_pieces(grid.tasks(), M <= rows ? 1 : 8, prepared, [&](const MultiplyArgs& mine, int64_t t0, int64_t t1) {
     grid.run(mine, t0, t1, scratch.get(scratch_bytes));
   });
 }

@@ -62,7 +62,6 @@ __attribute__((noinline)) void tile_bytes(const TileArgs& t) {
       const uint8_t *w = t.codes + s * t.steps * 128 + h * 64, *a = t.a + s * t.steps * 4 * R;
       for (int64_t k = 0; k < t.steps; k++, w += 128, a += 4 * R) {
         const I32 w0 = load_words(w), w1 = load_words(w + kVectorBytes);
-        if (R <= 4) __builtin_prefetch(w + 4096), __builtin_prefetch(w + 4096 + 64);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
           const I32 b = broadcast(a + 4 * r);
@@ -84,7 +83,6 @@ __attribute__((noinline)) void tile_nibbles(const TileArgs& t) {
       const uint8_t *w = t.codes + s * t.steps * 64 + h * 64, *a = t.a + s * t.steps * 4 * R;
       for (int64_t k = 0; k < t.steps; k += 2, w += 128, a += 8 * R) {
         const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes);
-        if (R <= 4) __builtin_prefetch(w + 4096), __builtin_prefetch(w + 4096 + 64);
         const I32 low0 = low_nibbles(x0), low1 = low_nibbles(x1), high0 = high_nibbles(x0), high1 = high_nibbles(x1);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {

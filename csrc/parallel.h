@@ -23,16 +23,16 @@ void parallel_ranges(int64_t count, int64_t grain, const Function& f) {
   }
 }
 
-// Like parallel_ranges, but each thread takes the next of about 8 pieces per thread when it is done with one: a thread
-// that the system holds up leaves its work to the others. Each thread calls start() once and hands its result to
-// f(state, begin, end).
+// Like parallel_ranges, but in `per_thread` pieces per thread, of which each thread takes the next when it is done with
+// one: a thread that the system holds up leaves its work to the others. Each thread calls start() once and hands its
+// result to f(state, begin, end).
 template <class Start, class Function>
-void parallel_pieces(int64_t count, const Start& start, const Function& f) {
+void parallel_pieces(int64_t count, int64_t per_thread, const Start& start, const Function& f) {
   if (count <= 0) return;
   int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads();
   if (threads > count) threads = count;
   if (threads <= 1) return f(start(), 0, count);
-  const int64_t pieces = count < 8 * threads ? count : 8 * threads;
+  const int64_t pieces = count < per_thread * threads ? count : per_thread * threads;
   std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
   {

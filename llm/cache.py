@@ -7,8 +7,9 @@ of row b is always written to physical row b, so the table needs an entry of its
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ FIRST_CAPACITY = 256
 LARGEST_FIRST_CAPACITY = 8192
 
 
+def _no_config() -> None:
+    return None
+
+
 class RowTable:
     """Which physical row holds a token: the ancestor table that all layers share.
 
@@ -37,7 +42,7 @@ class RowTable:
         """Start as the identity."""
         self.beams = beams
         self.table: Tensor | None = None  # int32 [B, C]; None: row b is in physical row b
-        self._config = weakref.ref(config)
+        self._config: Callable[[], Any] = weakref.ref(config)
 
     def read_by_llmrt(self) -> bool:
         """Return whether the model's attention is llmrt's, which reads through the table."""
@@ -61,13 +66,17 @@ class RowTable:
             batch = self.table.shape[0]
             self.table[:, start:end] = torch.arange(batch, dtype=torch.int32, device=self.table.device).unsqueeze(1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the model: whoever reads the cache next is taken for one that knows no table."""
+        return {"beams": self.beams, "table": self.table, "_config": _no_config}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RowTable:
         """Copy the table; the configuration stays the model's."""
-        copy = RowTable.__new__(RowTable)
-        memo[id(self)] = copy
-        copy.beams, copy._config = self.beams, self._config
-        copy.table = None if self.table is None else self.table.clone()
-        return copy
+        other = RowTable.__new__(RowTable)
+        memo[id(self)] = other
+        other.beams, other._config = self.beams, self._config
+        other.table = None if self.table is None else self.table.clone()
+        return other
 
 
 def _shape(keys: Tensor, values: Tensor) -> tuple[Any, ...]:
@@ -166,6 +175,17 @@ class KVLayer(CacheLayerMixin):
             new = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the module that reads it; a copy in memory keeps it, see `__deepcopy__`."""
+        return {**self.__dict__, "_owner": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVLayer:
+        """Copy buffers and table; the copy belongs to the same model."""
+        other = KVLayer.__new__(KVLayer)
+        memo[id(self)] = other
+        other.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return other
 
     def claim(self, module: nn.Module) -> None:
         """Raise ValueError if another attention module than the first one reads this layer."""

@@ -9,6 +9,11 @@ from . import attention
 from .cache import KVCache
 
 
+def _is_default(implementation: str | None, stored: Any) -> bool:
+    """Return whether nobody asked for this cache: the hub's files of some models name the old hybrid cache."""
+    return implementation in (None, "dynamic") or implementation == stored.cache_implementation == "hybrid"
+
+
 class CacheSetup:
     """Stands for a model's `_prepare_cache_for_generation`: where `generate` would make a DynamicCache, it gets a `KVCache`."""
 
@@ -24,7 +29,7 @@ class CacheSetup:
         ours = (
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False
-            and generation_config.cache_implementation in (None, "dynamic")
+            and _is_default(generation_config.cache_implementation, model.generation_config)
             and model.config._attn_implementation == attention.NAME
         )
         if not ours:

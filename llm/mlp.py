@@ -142,7 +142,8 @@ class QuantGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., K] for x [..., K]."""
-        h = _quant_linear(x, self.packed, self.bias, None, self.layout_text, self.width, self.compute, self.epilogue)
+        packed, bias = self._buffers["packed"], self._parameters["bias"]  # look-up by attribute takes 0.3 us each
+        h = _quant_linear(x, packed, bias, None, self.layout_text, self.width, self.compute, self.epilogue)
         return self._modules[self.names[-1]](h)  # type: ignore[misc]
 
     def canonical(self) -> dict[str, Canonical]:

@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of x [..., K] in its dtype."""
-        return _rms_norm(x, self.weight, self.eps, self.offset)
+        return _rms_norm(x, self._parameters["weight"], self.eps, self.offset)
 
     def extra_repr(self) -> str:
         """Return what `print` shows."""
@@ -48,7 +48,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of x [..., K] in its dtype."""
-        return _layer_norm(x, self.weight, self.bias, self.eps)
+        return _layer_norm(x, self._parameters["weight"], self._parameters["bias"], self.eps)
 
     def extra_repr(self) -> str:
         """Return what `print` shows."""

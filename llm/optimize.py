@@ -32,8 +32,10 @@ def optimize(
     """Return the model with its linears, norms, rotations, feed-forward parts, attention and cache run by llmrt's operators.
 
     The result is of the same Hugging Face class: generate, pipelines, streamers, beam search, assisted generation and
-    save_pretrained keep working. `result.optimization_report` says per module what was replaced and what was not and why. Everything
-    that can be checked is checked before the first change, so a refused model is as it was.
+    save_pretrained keep working. A model without a row in llm/families is matched by structure, each part confirmed by a numeric probe,
+    and runs a few tokens once to see whether attention and cache fit it. `result.optimization_report` says per module what was
+    replaced and what was not and why. Everything that can be checked is checked before the first change, so a refused model is as
+    it was.
 
     Args:
         model: a transformers model with a decoder and a language-model head, in eval mode, on the CPU.

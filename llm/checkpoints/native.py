@@ -40,10 +40,6 @@ class Quantizer(HfQuantizer):
                 f"device_map has {', '.join(wrong)}; an llmrt checkpoint loads on the CPU (device_map='cpu')"
             )
 
-    def update_device_map(self, device_map: Any) -> Any:
-        """Load on the CPU."""
-        return {"": "cpu"}
-
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             return

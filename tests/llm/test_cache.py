@@ -1,6 +1,7 @@
 """KVCache against transformers' DynamicCache, layer by layer, and its errors."""
 
 import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,6 +117,17 @@ def test_growth_crop_and_batch_changes() -> None:
     both.theirs, both.batch = DynamicCache(), 5  # another batch after reset
     both.append(2)
     assert [len(entry) for entry in both.ours] == [3] * LAYERS
+
+
+def test_a_cache_can_be_stored() -> None:
+    plain = tiny_model("qwen3")
+    fast, ids = llm.optimize(plain), padded_batch(batch=1)["input_ids"]
+    cache = llm.KVCache(fast.config)
+    fast(ids[:, :8], past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    stored = pickle.loads(pickle.dumps(cache))
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    assert torch.equal(fast.generate(ids, **options, past_key_values=stored), plain.generate(ids, **options))
 
 
 def test_it_must_fit() -> None:

@@ -65,6 +65,15 @@ def test_a_given_transformers_cache_is_used(pair: tuple[Any, Any]) -> None:
     assert count["kv_append"] == 0 and count["attention"] == 20 * 2
 
 
+def test_the_hybrid_cache_of_old_files_is_no_request() -> None:
+    fast, batch = llm.optimize(tiny_model("gemma2")), padded_batch()
+    fast.generation_config.cache_implementation = "hybrid"
+    with CountOperators() as count:
+        got = fast.generate(**batch, **GENERATE)
+    assert count["kv_append"] == 20 * 2
+    assert torch.equal(got, tiny_model("gemma2").generate(**batch, **GENERATE))
+
+
 def test_another_attention_can_be_chosen(pair: tuple[Any, Any]) -> None:
     plain, fast = pair
     fast = copy.deepcopy(fast)
