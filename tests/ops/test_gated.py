@@ -29,7 +29,7 @@ def test_bad_arguments_are_named(case: str, which: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_gates(dtype: torch.dtype, isa: str) -> None:
+def test_extreme_gates(dtype: torch.dtype, kernel_isa: str) -> None:
     gate = torch.tensor([-3e38, -1e5, -100, 0, 100, 1e5, 3e38, float("nan")], dtype=dtype)
     up = torch.ones_like(gate)
     for y in (ops.silu_mul(gate, up), ops.gelu_mul(gate, up), ops.gelu_mul(gate, up, "tanh")):
@@ -37,7 +37,7 @@ def test_extreme_gates(dtype: torch.dtype, isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_halves_of_a_fused_projection(dtype: torch.dtype, isa: str) -> None:
+def test_halves_of_a_fused_projection(dtype: torch.dtype, kernel_isa: str) -> None:
     fused = torch.randn(2, 9, 2 * 1003).to(dtype)  # enough elements for several threads, rows with a gap
     gate, up = fused.chunk(2, -1)
     y = ops.silu_mul(gate, up)

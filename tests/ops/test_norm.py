@@ -81,7 +81,7 @@ def test_rows_do_not_depend_on_the_batch(name: str, isa: str) -> None:
             assert torch.equal(a, t[m])
 
 
-def test_large_mean_costs_layer_norm_no_accuracy(isa: str) -> None:
+def test_large_mean_costs_layer_norm_no_accuracy(kernel_isa: str) -> None:
     x = torch.randn(4, 4097) + torch.tensor([[1e4], [-3e3], [0.0], [1e2]])
     expected = ops.layer_norm.reference(x.double(), None, None, 1e-5)
     torch.testing.assert_close(ops.layer_norm(x, None, None, 1e-5).double(), expected, rtol=2e-6, atol=2e-6)
