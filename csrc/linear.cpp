@@ -122,15 +122,12 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   STD_TORCH_CHECK(other.has_value() == two, "other ", other ? "given" : "missing", " for epilogue '", epilogue, "'");
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out_features;
+  const Tensor out = empty(x, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
   if (other) {
     check_dtype(*other, x.scalar_type(), "other");
-    bool same = other->dim() == x.dim();
-    for (int64_t i = 0; same && i < x.dim(); i++) same = other->size(i) == sizes[i];
-    STD_TORCH_CHECK(same, "other has shape ", shape_text(*other), "; expected that of the output, width ",
-                    out_features);
+    check_same_shape(*other, out, "other");
     o = dense(*other), a.other = o->const_data_ptr();
   }
-  Tensor out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
   if (!rows.M || !out_features) return out;
   a.out = out.mutable_data_ptr();
   PrepareArgs p{rows.data, a.dtype, rows.stride, rows.K, g.group, g.padded_group, a.compute, false, {}};

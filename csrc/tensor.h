@@ -100,8 +100,6 @@ inline void check_same_shape(const Tensor& t, const Tensor& as, const char* name
   STD_TORCH_CHECK(same, name, " has shape ", shape_text(t), "; expected ", shape_text(as));
 }
 
-inline void check_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, " is not a CPU tensor"); }
-
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // A contiguous CPU tensor in the dtype of `like`. Not by torch::stable::new_empty: its detour through the dispatcher
