@@ -57,19 +57,25 @@ struct Step<bf16> {
 inline void dot(F32& acc, Step<bf16> w, Step<bf16> x) { acc = fma(w.odd, x.odd, fma(w.even, x.even, acc)); }
 #endif
 
-constexpr int64_t kDenseBlock = F32::lanes;                  // outputs that are finished at a time
-constexpr int kTogether = sizeof(F32) == 64 ? 4 : 2;         // rows of x in registers
-constexpr int64_t kDenseRows = 64, kDenseBytes = 256 << 10;  // rows of x per sweep over the weight: they stay in L2
+constexpr int64_t kDenseBlock = F32::lanes;  // outputs that are finished at a time
+// Rows of x in registers: with up to kFew of them 8 weight rows, else 4 (32 or 16 registers hold R * C sums).
+constexpr int kFew = sizeof(F32) == 64 ? 2 : 1, kTogether = sizeof(F32) == 64 ? 4 : 2;
+constexpr int64_t kDenseRows = 64, kDenseBytes = 512 << 10;  // of x per sweep over the weight: they stay in L2
+// The R weight rows to come are prefetched into L2 while those before are read: R streams of one page each are too
+// short for the hardware's prefetcher. Rows so long that they would fill L2 are streams that it follows, with a little
+// help.
+constexpr int64_t kAheadBytes = 128 << 10, kAheadInRow = 2048;
 
 template <class T>
 struct DotArgs {
   const T *weight, *x;
   int64_t ldw, ldx, K;
-  float* y;  // [C][kDenseBlock]
+  float* y;    // [C][kDenseBlock]
+  bool first;  // to read these weight rows
 };
 
 // y[c][r] = weight[r] . x[c] for r < R; rows from `last` on are the last one again.
-template <class T, int R, int C>
+template <class T, int R, int C, bool prefetch>
 inline __attribute__((always_inline)) void dots(const DotArgs<T>& a, int64_t last) {
   constexpr int64_t size = Step<T>::size;
   const T *w[R], *x[C];
@@ -82,6 +88,7 @@ inline __attribute__((always_inline)) void dots(const DotArgs<T>& a, int64_t las
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++) acc[r][c] = F32::zero();
+  const int64_t block = R * a.ldw * (int64_t)sizeof(T), ahead = block <= kAheadBytes ? block : kAheadInRow;
   int64_t k = 0;
   for (; k + size <= a.K; k += size) {
     Step<T> s[C];
@@ -90,6 +97,7 @@ inline __attribute__((always_inline)) void dots(const DotArgs<T>& a, int64_t las
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const Step<T> t = Step<T>::of(w[r] + k);
+      if (prefetch) __builtin_prefetch((const char*)(w[r] + k) + ahead, 0, 2);
 #pragma GCC unroll 4
       for (int c = 0; c < C; c++) dot(acc[r][c], t, s[c]);
     }
@@ -113,33 +121,36 @@ inline __attribute__((always_inline)) void dots(const DotArgs<T>& a, int64_t las
 
 template <class T, int R, int C>
 __attribute__((noinline)) void dots_of(const DotArgs<T>& a, int64_t last) {
-  dots<T, R, C>(a, last);
+  if (a.first)
+    dots<T, R, C, true>(a, last);
+  else
+    dots<T, R, C, false>(a, last);
 }
+
+// By R == 4 and by C.
+constexpr int kThree = kTogether < 3 ? kTogether : 3;  // no more exist
+template <class T>
+constexpr void (*kDots[2][5])(const DotArgs<T>&, int64_t) = {
+    {nullptr, dots_of<T, 8, 1>, dots_of<T, 8, kFew>},
+    {nullptr, dots_of<T, 4, 1>, dots_of<T, 4, 2>, dots_of<T, 4, kThree>, dots_of<T, 4, kTogether>}};
 
 // y[m][j] = weight[n + j] . x[m0 + m] for j < count.
 template <class T>
 void dot_block(const DenseArgs& a, const DenseArgs::Linear& l, int64_t n, int64_t count, int64_t m0, int64_t rows,
                float* y) {
-  DotArgs<T> d{nullptr, nullptr, l.ld, a.ldx, a.K, nullptr};
-  const int64_t R = rows == 1 ? 8 : 4;
-  for (int64_t j = 0; j < count; j += R) {
-    d.weight = (const T*)l.weight + (n + j) * l.ld;
-    const int64_t last = count - j - 1;
+  const bool many = rows > kFew;
+  const int64_t R = many ? 4 : 8;
+  for (int64_t j = 0; j < count; j += R)
     for (int64_t m = 0; m < rows; m += kTogether) {
-      d.x = (const T*)a.x + (m0 + m) * a.ldx, d.y = y + m * kDenseBlock + j;
-      const int64_t C = rows - m < kTogether ? rows - m : kTogether;
-      if (rows == 1)
-        dots_of<T, 8, 1>(d, last);
-      else if (C == 1)
-        dots_of<T, 4, 1>(d, last);
-      else if (C == 2)
-        dots_of<T, 4, 2>(d, last);
-      else if (C == 3)
-        dots_of<T, 4, kTogether == 4 ? 3 : 2>(d, last);
-      else
-        dots_of<T, 4, kTogether>(d, last);
+      const DotArgs<T> d{(const T*)l.weight + (n + j) * l.ld,
+                         (const T*)a.x + (m0 + m) * a.ldx,
+                         l.ld,
+                         a.ldx,
+                         a.K,
+                         y + m * kDenseBlock + j,
+                         m == 0};
+      kDots<T>[many][rows - m < kTogether ? rows - m : kTogether](d, count - j - 1);
     }
-  }
 }
 
 template <class T, class Count>
@@ -153,7 +164,7 @@ template <class T>
 void dense_multiply(const DenseArgs& a, int64_t n0, int64_t n1) {
   float y[kDenseRows * kDenseBlock], u[kDenseRows * kDenseBlock];
   const bool gated = a.epilogue >= Epilogue::silu_mul;
-  int64_t chunk = kDenseBytes / ((a.K + 1) * (int64_t)sizeof(T)) / kTogether * kTogether;
+  int64_t chunk = kDenseBytes / ((a.K + !a.K) * (int64_t)sizeof(T)) / kTogether * kTogether;
   chunk = chunk < kTogether ? kTogether : chunk > kDenseRows ? kDenseRows : chunk;
   for (int64_t m0 = 0; m0 < a.M; m0 += chunk) {
     const int64_t rows = a.M - m0 < chunk ? a.M - m0 : chunk;
