@@ -68,8 +68,9 @@ def dense_linear(
 ) -> Tensor:
     """Linear layer with what follows it: ``y = epilogue(x @ weight.T + bias)``, in float32, rounded once.
 
-    For a few rows of x a kernel reads the weight in place, once. For many, torch's GEMM makes ``x @ weight.T + bias`` in the
-    dtype of x, and an activation, mul, or add with a bias rounds a second time.
+    For up to 16 rows of x a kernel reads the weight in place, once. For more, torch's GEMM makes ``x @ weight.T + bias`` in
+    the dtype of x, and an activation, mul, or add with a bias rounds a second time; where torch has no instructions for the
+    dtype (float16 on most CPUs), the kernel goes on.
 
     Args:
         x: [..., K] float32, bfloat16 or float16, any strides.
@@ -114,8 +115,8 @@ def _check_parallel(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> l
 def parallel_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
     """Linear layers that share their input: ``y[i] = x @ weights[i].T + biases[i]``, in float32, rounded once.
 
-    For a few rows of x it is one sweep over all weights, in place, with one start of the threads. For many, one GEMM of
-    torch per weight.
+    For up to 16 rows of x it is one sweep over all weights, in place, with one start of the threads. For more, one GEMM of
+    torch per weight, under the conditions of `dense_linear`.
 
     Args:
         x: [..., K] float32, bfloat16 or float16, any strides.
@@ -164,8 +165,8 @@ def gated_linear(
 ) -> Tensor:
     """First half of a gated feed-forward block: ``y = act(x @ gate.T + gate_bias) * (x @ up.T + up_bias)``, rounded once.
 
-    Computed in float32. For many rows of x, torch's GEMM makes both products in the dtype of x, and the activation and the
-    product of the two round again, as `silu_mul` and `gelu_mul` do. Source: Shazeer 2020, "GLU Variants Improve
+    Computed in float32. For more than 16 rows of x, under the conditions of `dense_linear`, torch's GEMM makes both products
+    in the dtype of x, and their `silu_mul` or `gelu_mul` rounds a second time. Source: Shazeer 2020, "GLU Variants Improve
     Transformer", equation 5.
 
     Args:
