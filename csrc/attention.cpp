@@ -33,15 +33,6 @@ struct Buffer {
 };
 thread_local Buffer scratch_buffer, state_buffer;
 
-Tensor last_dense(const Tensor& t) {
-  return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
-}
-
-void check_last_dense(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.size(3) <= 1 || t.stride(3) == 1, name, " has stride ", t.stride(3),
-                  " in its last dimension; expected 1");
-}
-
 // What the tensors must be kept alive for while the kernels run.
 struct Operands {
   Tensor query, key, value;
