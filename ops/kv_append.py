@@ -92,10 +92,14 @@ def kv_append(
             nothing is written then.
     """
     check_append(key_cache, value_cache, key, value, position, every, positions)
+    token = torch.arange(key.shape[1], device=key.device)
     if positions is None:
-        positions = torch.arange(position, position + key.shape[1], device=key.device)
+        positions = position + token
+    # each token brings the last one of its position: the order in which index_copy_ writes is not defined
+    last = torch.zeros(key_cache.shape[2], dtype=torch.int64, device=key.device)
+    last = last.scatter_reduce(0, positions, token, "amax")[positions]
     for cache, new in ((key_cache, key), (value_cache, value)):
-        cache[: key.shape[0] : every].index_copy_(2, positions, new[::every].transpose(1, 2))
+        cache[: key.shape[0] : every].index_copy_(2, positions, new[::every, last].transpose(1, 2))
 
 
 @kv_append.fake
