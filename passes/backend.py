@@ -101,4 +101,5 @@ def _run(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], codegen: str, 
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(mode) if mode not in (None, "default") else None
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[arg-type]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled

@@ -100,7 +100,7 @@ def _reshape(node: Node) -> Any:
     if same_shape(val(x), val(node)):
         return x
     if node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
-        shape = [s if isinstance(s, Node) else int(s) for s in node.args[1]]  # type: ignore[union-attr]
+        shape = [s if isinstance(s, Node) else int(s) for s in node.args[1]]  # type: ignore[union-attr,arg-type]
     else:
         source: Any = node.args[1] if node.target in (aten.view_as.default, aten.reshape_as.default) else None
         symbolic = [i for i, s in enumerate(val(node).shape) if not isinstance(s, int)]
@@ -310,7 +310,12 @@ def _functionalize(gm: GraphModule) -> None:
             gm.graph.erase_node(new)
             continue
         replace(node, new)
-        target.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user > new)
+        _use_from_here(target, new)
+
+
+def _use_from_here(old: Node, new: Node) -> None:
+    """Let the users of `old` that come after `new` use `new`."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user > new)
 
 
 def _without_regions(gm: GraphModule) -> None:

@@ -253,10 +253,8 @@ class Pattern:
             and expected == found
         ):
             return state
-        self._fail(
-            state,
-            f"{node.name} has the argument {found}; expected {self.dims.get(expected, expected) if isinstance(expected, int) else expected}",
-        )
+        named = self.dims.get(expected, expected) if isinstance(expected, int) else expected
+        self._fail(state, f"{node.name} has the argument {found}; expected {named}")
         return None
 
     def _result(self, state: State) -> Match | Miss:

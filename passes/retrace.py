@@ -37,6 +37,10 @@ def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     return mode, [fake(x) for x in inputs]
 
 
+def _with_constant(arguments: Any, node: torch.fx.Node, constant: float) -> Any:
+    return torch.fx.node.map_arg(arguments, lambda a: constant if a is node else a)
+
+
 def specialize_floats(gm: torch.fx.GraphModule) -> None:
     """Put the values of floats that Dynamo made symbolic (``dynamic=True``) into the graph; Dynamo then guards on them.
 
@@ -48,8 +52,7 @@ def specialize_floats(gm: torch.fx.GraphModule) -> None:
         if node.op == "call_method" and node.target == "item" and isinstance(value, torch.SymFloat):
             constant = float(value)
             for user in list(node.users):
-                user.args = torch.fx.node.map_arg(user.args, lambda a, n=node, c=constant: c if a is n else a)
-                user.kwargs = torch.fx.node.map_arg(user.kwargs, lambda a, n=node, c=constant: c if a is n else a)
+                user.args, user.kwargs = _with_constant((user.args, user.kwargs), node, constant)
             gm.graph.erase_node(node)
     gm.recompile()
 

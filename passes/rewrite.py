@@ -59,7 +59,7 @@ class Rewrite:
             a parameter called ``dims`` gets the sizes that the pattern bound.
         inputs: makes the pattern's inputs from `Examples`; floats among them are numbers that match any number. Several
             functions are variants (with and without a bias).
-        sizes: name -> example size, distinct and unlike every fixed integer of the pattern.
+        sizes: name -> example size, distinct and above 16, unlike every fixed integer of the pattern (dimensions, powers).
         loose: names of sizes that may be 1 instead.
         any_dtype: names of inputs whose dtype does not matter.
         check: returns why a match must not be replaced, or None.
@@ -113,8 +113,8 @@ def patterns_of(rewrite: Rewrite) -> list[Pattern]:
     """Return the traced patterns of a rewrite: every variant for every dtype, larger ones first."""
     variants = rewrite.inputs if isinstance(rewrite.inputs, Sequence) else [rewrite.inputs]
     dims = {size: name for name, size in rewrite.sizes.items()}
-    if len(dims) < len(rewrite.sizes):
-        raise ValueError(f"rewrite {rewrite.name}: sizes {dict(rewrite.sizes)} are not distinct")
+    if len(dims) < len(rewrite.sizes) or min(dims, default=17) <= 16:
+        raise ValueError(f"rewrite {rewrite.name}: sizes {dict(rewrite.sizes)} are not distinct and above 16")
     made = []
     for dtype in rewrite.dtypes:
         for variant in variants:
@@ -207,7 +207,8 @@ def substitute(match: Match, replacement: Callable[..., Any]) -> str | None:
             bound["dims"] = match.dims
         results = replacement(**bound)
         if isinstance(results, Proxy):
-            results = tuple(results[i] for i in range(len(match.outputs))) if len(match.outputs) > 1 else (results,)
+            several = len(match.outputs) > 1
+            results = tuple(results[i] for i in range(len(match.outputs))) if several else (results,)  # type: ignore[index]
     made = []
     node = before.next
     while node is not point:

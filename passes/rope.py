@@ -13,7 +13,7 @@ from .rewrite import Examples, Rewrite
 _rope = ops.rope.overload
 
 #: D = R when the whole head is rotated; R is even, F = R / 2.
-SIZES = {"B": 3, "S": 5, "H": 7, "Hk": 11, "R": 26, "F": 13, "D": 42}
+SIZES = {"B": 61, "S": 67, "H": 71, "Hk": 73, "R": 46, "F": 23, "D": 106, "P": 83}
 
 
 def _whole(e: Examples) -> dict[str, Any]:
@@ -35,9 +35,14 @@ def _half(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     return query * cos + _rotate_half(query) * sin, key * cos + _rotate_half(key) * sin
 
 
+def _swap(x: Any) -> Any:
+    """[B, H, S, D] <-> [B, S, H, D]."""
+    return torch.ops.aten.permute.default(x, [0, 2, 1, 3])
+
+
 def _to_rope(query: Any, key: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
-    rotated = _rope(query.permute(0, 2, 1, 3), key.permute(0, 2, 1, 3), cos, sin, None, 0, False)
-    return rotated[0].permute(0, 2, 1, 3), rotated[1].permute(0, 2, 1, 3)
+    rotated = _rope(_swap(query), _swap(key), cos, sin, None, 0, False)
+    return _swap(rotated[0]), _swap(rotated[1])
 
 
 ROPES = (Rewrite("rope", _half, _to_rope, _whole, SIZES, loose=("B",)),)
