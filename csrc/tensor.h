@@ -100,6 +100,13 @@ inline void check_same_shape(const Tensor& t, const Tensor& as, const char* name
   STD_TORCH_CHECK(same, name, " has shape ", shape_text(t), "; expected ", shape_text(as));
 }
 
+// Whether the elements of the last dimension are contiguous, which is all that most kernels ask of strides.
+inline bool is_last_dense(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; }
+inline Tensor last_dense(const Tensor& t) { return is_last_dense(t) ? t : torch::stable::contiguous(t); }
+inline void check_last_dense(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(is_last_dense(t), name, " has stride ", t.stride(t.dim() - 1), " in its last dimension; expected 1");
+}
+
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // A contiguous CPU tensor in the dtype of `like`. Not by torch::stable::new_empty: its detour through the dispatcher

@@ -8,6 +8,7 @@ from .linear import pack_weight, quant_linear, unpack_weight
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .operator import OPERATORS, Operator
 from .rope import rope
+from .rope_append import rope_append
 
 __all__ = [
     "FORMATS",
@@ -27,6 +28,7 @@ __all__ = [
     "quantize",
     "rms_norm",
     "rope",
+    "rope_append",
     "silu_mul",
     "unpack_weight",
 ]
