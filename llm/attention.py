@@ -43,6 +43,8 @@ _NO_WEIGHTS = (
 def _asks_for_weights() -> bool:
     """Return whether the running forward was called with output_attentions=True (some modules drop that argument)."""
     collector = getattr(output_capturing, "_active_collector", None)
+    if torch.compiler.is_dynamo_compiling() and not getattr(collector, "compiling", True):
+        return False  # nobody asked within the graph, and Dynamo cannot read the context variable
     return collector is not None and "attentions" in (collector.get() or ())
 
 

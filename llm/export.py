@@ -57,7 +57,7 @@ class CachedModel(nn.Module):
         model: an optimized model that runs llmrt's attention.
 
     Raises:
-        ValueError: the model's attention is another one.
+        ValueError: the model's attention is another one, or one of its layers keeps no tokens of its own.
     """
 
     def __init__(self, model: Any) -> None:
@@ -71,6 +71,10 @@ class CachedModel(nn.Module):
         cache = KVCache(model.config, max_length=1)
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        if not all(layer.is_initialized for layer in cache.layers):
+            raise ValueError(
+                f"{type(model).__name__} has layers without a cache of their own; export cannot give them buffers"
+            )
         self.like = [(layer.key_cache, layer.value_cache) for layer in cache.layers]
         self.last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -123,7 +127,7 @@ def export(model: Any, strict: bool = False) -> torch.export.ExportedProgram:
         strict: trace with Dynamo instead of running the Python code on fake tensors.
 
     Raises:
-        ValueError: the model's attention is not llmrt's.
+        ValueError: see `CachedModel`.
     """
     cached = CachedModel(model)
     keys, values = cached.caches(3, 16)
