@@ -125,6 +125,17 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return Tensor(handle);
 }
 
+// The index of `text` among the names that an argument may have.
+template <size_t count>
+int one_of(const char* const (&names)[count], const std::string& text, const char* name) {
+  for (size_t i = 0; i < count; i++)
+    if (text == names[i]) return (int)i;
+  std::string valid;
+  for (const char* n : names) valid += (valid.empty() ? "" : ", ") + std::string(n);
+  STD_TORCH_CHECK(false, name, " is '", text, "'; valid: ", valid);
+  return -1;
+}
+
 // [.., K] seen as M rows of K elements with one row stride, without a copy where the strides allow it.
 struct Rows {
   Tensor tensor;  // keeps a copy alive

@@ -1,6 +1,7 @@
 """The meaning of every operator: schema, fake kernel, reference and sample inputs, in plain torch."""
 
 from .attention import attention
+from .dense import dense_linear, gated_linear, parallel_linear
 from .formats import FORMATS, Layout, dequantize, interleave_gate_up, quantize
 from .gated import gelu_mul, silu_mul
 from .kv_append import kv_append
@@ -18,12 +19,15 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "dense_linear",
     "dequantize",
+    "gated_linear",
     "gelu_mul",
     "interleave_gate_up",
     "kv_append",
     "layer_norm",
     "pack_weight",
+    "parallel_linear",
     "quant_linear",
     "quantize",
     "rms_norm",
