@@ -45,9 +45,11 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 
 def arguments(node: Node) -> list[Any]:
-    """Return all arguments of an operator call in the schema's order, defaults filled in."""
+    """Return all arguments of an operator call in the schema's order, defaults filled in; of other calls what was given."""
+    if not hasattr(node.target, "_schema"):
+        return [*node.args, *node.kwargs.values()]
     full = []
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for i, argument in enumerate(node.target._schema.arguments):
         if i < len(node.args):
             full.append(node.args[i])
         else:
@@ -117,7 +119,7 @@ def is_mutable(node: Node) -> bool:
 
 def mutated_arguments(node: Node) -> Iterator[Node]:
     """Yield the arguments that a call writes to."""
-    for argument, value in zip(node.target._schema.arguments, arguments(node), strict=True):  # type: ignore[union-attr]
+    for argument, value in zip(node.target._schema.arguments, arguments(node), strict=True):
         if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
             yield value
 
