@@ -312,7 +312,7 @@ def _may_replace(node: Node, new: Node, mutated: set[Node]) -> bool:
 
 #: Elementwise calls that write to their first argument -> the ones that make a new tensor.
 _FUNCTIONAL = {
-    getattr(aten, f"{name}_").__getattr__(overload): getattr(aten, name).__getattr__(overload)
+    getattr(getattr(aten, f"{name}_"), overload): getattr(getattr(aten, name), overload)
     for name, overload in (
         ("add", "Tensor"), ("sub", "Tensor"), ("mul", "Tensor"), ("div", "Tensor"), ("relu", "default"),
         ("silu", "default"), ("gelu", "default"), ("tanh", "default"), ("masked_fill", "Scalar"),

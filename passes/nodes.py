@@ -119,7 +119,7 @@ def is_mutable(node: Node) -> bool:
 
 def mutated_arguments(node: Node) -> Iterator[Node]:
     """Yield the arguments that a call writes to."""
-    for argument, value in zip(node.target._schema.arguments, arguments(node), strict=True):
+    for argument, value in zip(node.target._schema.arguments, arguments(node), strict=True):  # type: ignore[union-attr]
         if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
             yield value
 
