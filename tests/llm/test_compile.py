@@ -1,0 +1,125 @@
+"""Untouched models of every family through ``backend="llmrt"``: one graph, transformers' results, no recompilation."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from compiled_models import FAMILIES, Decoding, small_model
+from models import error, padded_batch
+from torch._dynamo.utils import counters
+
+from llmrt.passes import llmrt_backend
+
+KINDS = ("dynamic", "static")
+
+#: What transformers itself cannot do, whatever the backend: with the reason, and whether it runs at all.
+NO_FULLGRAPH = {("mpt", "static"): "slices the ALiBi bias by the cache's length, a tensor: Tensor.item()"}
+NO_GENERATE = {("falcon_alibi", "static"): "generate passes a 4D mask, the ALiBi bias is made from a 2D one: ValueError"}
+
+#: Layers of a family's model: 2 where the second layer's attention is of another kind than the first one's.
+LAYERS = {"qwen2": 2, "gemma2": 2, "gemma3": 2}
+
+FAMILY_KINDS = [(name, kind) for name in FAMILIES for kind in KINDS]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def prompts(tokens: int) -> dict[str, torch.Tensor]:
+    return padded_batch(2, tokens)
+
+
+def leaf_guards(manager: Any) -> int:
+    """Return the number of checks in a tree of guards."""
+    children = manager.get_child_managers()
+    if hasattr(manager, "get_key_value_managers"):
+        children = [child for pair in manager.get_key_value_managers().values() for child in pair if child is not None]
+    return len(manager.get_leaf_guards()) + sum(map(leaf_guards, children))
+
+
+def guards(model: Any) -> list[int]:
+    """Return the number of guards of each compiled form of a model's forward, shape guards included."""
+    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(type(model).forward.__code__)
+    roots = [entry.guard_manager.root for entry in entries]
+    return [leaf_guards(root) + len(root.get_epilogue_lambda_guards()) for root in roots]
+
+
+@pytest.mark.parametrize(("name", "kind"), FAMILY_KINDS)
+def test_generate_equals_transformers_without_recompiling(name: str, kind: str) -> None:
+    layers, full = LAYERS.get(name, 1), (name, kind) not in NO_FULLGRAPH
+    plain, compiled = small_model(name, layers), small_model(name, layers)
+    compiled.compile(backend=llmrt_backend, fullgraph=full)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    if kind == "static":
+        options["cache_implementation"] = "static"
+    if (name, kind) in NO_GENERATE:
+        with pytest.raises(ValueError, match="too many values"):
+            plain.generate(**prompts(10), **options)
+        pytest.skip(NO_GENERATE[name, kind])
+    graphs = []
+    for tokens in (10, 13, 12, 17, 20):  # beyond the sliding windows of models.py
+        got, expected = (model.generate(**prompts(tokens), **options) for model in (compiled, plain))
+        assert torch.equal(got.sequences, expected.sequences)
+        assert error(torch.stack(got.logits), torch.stack(expected.logits)) < 1e-4
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] >= 2 and graphs[2:] == [graphs[2]] * 3
+    assert full == (not counters["graph_break"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj"])
+def test_beams_equal_transformers(name: str) -> None:
+    plain, compiled = small_model(name), small_model(name)
+    compiled.compile(backend=llmrt_backend, fullgraph=True)
+    for kind in KINDS:
+        options = {"max_new_tokens": 6, "num_beams": 3, "cache_implementation": kind}
+        got, expected = (model.generate(**prompts(10), **options) for model in (compiled, plain))
+        assert torch.equal(got, expected)
+    assert counters["stats"]["unique_graphs"] >= 4
+
+
+@pytest.mark.parametrize(("name", "kind"), FAMILY_KINDS)
+def test_bfloat16_is_as_exact_as_transformers(name: str, kind: str) -> None:
+    layers, batch = LAYERS.get(name, 1), prompts(10)
+    model = small_model(name, layers, torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    full = (name, kind) not in NO_FULLGRAPH
+    compiled = torch.compile(model, backend=llmrt_backend, fullgraph=full)
+    runs = {"exact": Decoding(exact, kind, exact, batch)}
+    runs |= {"plain": Decoding(model, kind, model, batch), "compiled": Decoding(model, kind, compiled, batch)}
+    first = batch["input_ids"][:, :3] if model.config.is_encoder_decoder else batch["input_ids"]
+    logits: dict[str, list[torch.Tensor]] = {key: [] for key in runs}
+    for tokens in (first, first[:, -1:], first[:, -2:-1]):
+        for key, run in runs.items():
+            logits[key].append(run(tokens)[:, -1].double())
+    expected = torch.stack(logits["exact"])
+
+    def noise(key: str) -> float:
+        return float(((torch.stack(logits[key]) - expected).square().mean() / expected.square().mean()).sqrt())
+
+    assert 0 < noise("plain") < 8 * 2**-8
+    assert noise("compiled") <= 1.2 * noise("plain")
+    assert counters["stats"]["unique_graphs"] >= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "bloom"])
+def test_guards_per_layer(name: str, kind: str) -> None:
+    found = []
+    for layers in (2, 4):
+        torch._dynamo.reset()
+        model = small_model(name, layers)
+        compiled = torch.compile(model, backend=llmrt_backend, fullgraph=True)
+        run = Decoding(model, kind, compiled, prompts(10))
+        run(prompts(10)["input_ids"])
+        run(prompts(10)["input_ids"][:, :1])
+        found.append(guards(model))
+    assert all(len(forms) == 2 for forms in found)
+    print(found)
+    assert max((b - a) / 2 for a, b in zip(*found, strict=True)) <= 120
