@@ -49,6 +49,13 @@ OLDER = {
 }
 
 FAMILIES = (*MODELS, *OLDER)
+CACHES = ("dynamic", "static")
+
+#: What transformers itself cannot capture as one graph with a kind of cache, whatever the backend, and why.
+NO_FULLGRAPH = {("mpt", "static"): "slices the ALiBi bias by the cache's length, a tensor: Tensor.item()"}
+
+#: What transformers itself cannot generate with a kind of cache, and why.
+NO_GENERATE = {("falcon_alibi", "static"): "generate passes a 4D mask, the ALiBi bias is made from a 2D one: ValueError"}
 
 
 def _entry_of(name: str) -> Entry:

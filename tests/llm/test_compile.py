@@ -6,22 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_models import FAMILIES, Decoding, small_model
+from compiled_models import CACHES, FAMILIES, NO_FULLGRAPH, NO_GENERATE, Decoding, small_model
 from models import error, padded_batch
 from torch._dynamo.utils import counters
 
 from llmrt.passes import llmrt_backend
 
-KINDS = ("dynamic", "static")
-
-#: What transformers itself cannot do, whatever the backend: with the reason, and whether it runs at all.
-NO_FULLGRAPH = {("mpt", "static"): "slices the ALiBi bias by the cache's length, a tensor: Tensor.item()"}
-NO_GENERATE = {("falcon_alibi", "static"): "generate passes a 4D mask, the ALiBi bias is made from a 2D one: ValueError"}
-
 #: Layers of a family's model: 2 where the second layer's attention is of another kind than the first one's.
 LAYERS = {"qwen2": 2, "gemma2": 2, "gemma3": 2}
 
-FAMILY_KINDS = [(name, kind) for name in FAMILIES for kind in KINDS]
+FAMILY_KINDS = [(name, kind) for name in FAMILIES for kind in CACHES]
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +71,7 @@ def test_generate_equals_transformers_without_recompiling(name: str, kind: str) 
 def test_beams_equal_transformers(name: str) -> None:
     plain, compiled = small_model(name), small_model(name)
     compiled.compile(backend=llmrt_backend, fullgraph=True)
-    for kind in KINDS:
+    for kind in CACHES:
         options = {"max_new_tokens": 6, "num_beams": 3, "cache_implementation": kind}
         got, expected = (model.generate(**prompts(10), **options) for model in (compiled, plain))
         assert torch.equal(got, expected)
@@ -108,7 +102,7 @@ def test_bfloat16_is_as_exact_as_transformers(name: str, kind: str) -> None:
     assert counters["stats"]["unique_graphs"] >= 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "bloom"])
 def test_guards_per_layer(name: str, kind: str) -> None:
     found = []
