@@ -180,7 +180,9 @@ def plot(record: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None
         axis.set_xlabel(label)
         axis.invert_yaxis()
     machine = record["machine"]
-    figure.suptitle(f"{record['shape']}, {record['cache']} cache, {machine['cpu']}, {machine['threads']} threads", fontsize=10)
+    figure.suptitle(
+        f"{record['shape']}, {record['cache']} cache, {machine['cpu']}, {machine['threads']} threads", fontsize=10
+    )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

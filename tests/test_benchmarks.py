@@ -206,7 +206,9 @@ def test_summary_table_and_plot_of_compile(monkeypatch, tmp_path):
     assert rows[1]["prefill_ratio"] == pytest.approx(1) and rows[1]["decode_ratio"] == pytest.approx(0.5)
     assert rows[0]["prefill_tokens_per_s"] == pytest.approx(512) and rows[1]["decode_tokens_per_s"] == pytest.approx(16)
     lines = program.table(seen, rows).splitlines()
-    assert "some CPU, 2 threads" in lines[1] and lines[-1].startswith("| llmrt-eager | 10.0 | 5.0 | 0.25 | 2 | 512.0 | 1.00 |")
+    assert "some CPU, 2 threads" in lines[1] and lines[-1].startswith(
+        "| llmrt-eager | 10.0 | 5.0 | 0.25 | 2 | 512.0 | 1.00 |"
+    )
     pytest.importorskip("matplotlib")
     program.plot(seen, rows, tmp_path / "compile.png")
     assert (tmp_path / "compile.png").read_bytes().startswith(b"\x89PNG")
@@ -227,7 +229,9 @@ def test_compile_options(monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kind", "cache"), [("eager", "static"), ("llmrt-eager", "static"), ("llmrt-eager", "dynamic")])
+@pytest.mark.parametrize(
+    ("kind", "cache"), [("eager", "static"), ("llmrt-eager", "static"), ("llmrt-eager", "dynamic")]
+)
 def test_compiled_worker(kind, cache):
     options = ["--shape=tiny", "--layers=1", f"--cache={cache}", "--prompt=6", "--new=4", "--threads=1"]
     command = [sys.executable, str(BENCHMARKS / "workers" / "compiled_model.py"), kind, *options]

@@ -55,7 +55,9 @@ CACHES = ("dynamic", "static")
 NO_FULLGRAPH = {("mpt", "static"): "slices the ALiBi bias by the cache's length, a tensor: Tensor.item()"}
 
 #: What transformers itself cannot generate with a kind of cache, and why.
-NO_GENERATE = {("falcon_alibi", "static"): "generate passes a 4D mask, the ALiBi bias is made from a 2D one: ValueError"}
+NO_GENERATE = {
+    ("falcon_alibi", "static"): "generate passes a 4D mask, the ALiBi bias is made from a 2D one: ValueError"
+}
 
 
 def _entry_of(name: str) -> Entry:
