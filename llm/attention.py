@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import (
@@ -21,7 +22,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
     sliding_window_overlay,
 )
-from transformers.utils import output_capturing
+from transformers.utils import is_tracing, output_capturing
 
 from .. import ops
 
@@ -42,6 +43,8 @@ _NO_WEIGHTS = (
 def _asks_for_weights() -> bool:
     """Return whether the running forward was called with output_attentions=True (some modules drop that argument)."""
     collector = getattr(output_capturing, "_active_collector", None)
+    if torch.compiler.is_dynamo_compiling() and not getattr(collector, "compiling", True):
+        return False  # nobody asked within the graph, and Dynamo cannot read the context variable
     return collector is not None and "attentions" in (collector.get() or ())
 
 
@@ -58,6 +61,18 @@ def is_causal_pattern(mask_function: Callable[..., Any]) -> bool:
         and getattr(parts[0], "__code__", None) is _WINDOW
         and parts[1] is causal_mask_function
     )
+
+
+def _is_causal(mask_function: Callable[..., Any], may_skip: bool, window: int | None, config: Any) -> bool:
+    """Return `is_causal_pattern`; for Dynamo, which cannot look into a closure, from what transformers passes beside it.
+
+    Where a function deviates from the pattern of its layer, transformers forbids to skip the mask; a local size is the window's
+    unless the model attends in chunks.
+    """
+    if mask_function is causal_mask_function or not torch.compiler.is_dynamo_compiling():
+        return is_causal_pattern(mask_function)
+    windowed = window is not None and window == getattr(config, "sliding_window", None)
+    return may_skip and windowed and getattr(config, "attention_chunk_size", None) is None
 
 
 def attention_mask(
@@ -81,13 +96,15 @@ def attention_mask(
         raise ValueError("the input has no token; pass at least one")
     if _asks_for_weights():
         raise ValueError(_NO_WEIGHTS)
-    newest = isinstance(q_offset, int) and kv_offset + kv_length == q_offset + q_length
-    if newest and is_causal_pattern(mask_function):
+    newest = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
+    if newest and _is_causal(mask_function, allow_is_causal_skip, kwargs.get("local_size"), kwargs.get("config")):
         if attention_mask is None:
             return None
         if attention_mask.shape[-1] >= kv_offset + kv_length:
             # whole from the first token on: generate may hand the result to this function again
             padding = attention_mask[:, : kv_offset + kv_length]
+            if is_tracing(padding):  # its values are not known, and the graph is to serve other prompts too
+                return padding
             return None if bool(padding.all()) else padding
     return sdpa_mask(
         batch_size=batch_size,
@@ -147,18 +164,19 @@ def attention_forward(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     causal, window = True, sliding_window or 0
+    layer = getattr(key, "_llmrt_layer", None)
+    length = key.shape[2] if layer is None else layer.length
     if attention_mask is not None:
         if attention_mask.dim() == 4:
             causal, window = False, 0
-        elif (older := attention_mask.shape[1] - key.shape[2]) > 0:
+        elif (older := attention_mask.shape[1] - length) > 0:
             attention_mask = attention_mask[:, older:]
     if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
         causal = False
     query = query.transpose(1, 2)
-    layer = getattr(key, "_llmrt_layer", None)
     if layer is None:
         out = _attention(
-            query, key, value, key.shape[2], scaling, causal, window, softcap or 0.0, attention_mask, None, s_aux
+            query, key, value, length, scaling, causal, window, softcap or 0.0, attention_mask, None, s_aux
         )
         return out, None
     layer.claim(module)
@@ -167,7 +185,7 @@ def attention_forward(
         query,
         layer.key_cache,
         layer.value_cache,
-        layer.length,
+        length,
         scaling,
         causal,
         window,
