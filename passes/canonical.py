@@ -186,9 +186,8 @@ def _slice(node: Node) -> Any:
         elif isinstance(end, int) and end < 0:
             end = max(0, end + size)
     end = END if end is None else end
-    if tuple(node.args) == (x, dim, start, end) and not node.kwargs:
-        return None
-    return insert_call(node, aten.slice.Tensor, x, dim, start, end, *([step] if step != 1 else []))
+    wanted = (x, dim, start, end, *([step] if step != 1 else []))
+    return None if tuple(node.args) == wanted and not node.kwargs else insert_call(node, aten.slice.Tensor, *wanted)
 
 
 @form(aten.narrow.default)

@@ -26,9 +26,23 @@ README = Path("benchmarks/README.md")
 BEGIN, END = "<!-- operator table: begin -->\n", "<!-- operator table: end -->\n"
 
 #: Operators that make another view of the same elements (reshape may copy them).
-VIEWS = frozenset([
-"alias", "chunk", "detach", "expand", "expand_as", "flatten", "narrow", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"
-])  # fmt: skip
+VIEWS = frozenset(
+    (
+        "alias",
+        "chunk",
+        "detach",
+        "expand",
+        "expand_as",
+        "flatten",
+        "narrow",
+        "permute",
+        "reshape",
+        "select",
+        "slice",
+        "split",
+    )
+    + ("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view")
+)
 
 #: Fewest layers of a family's model: with one more, the added layer is the family's last kind.
 LAYERS = {"qwen2": 2}
