@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from llmrt.passes.retrace import retrace
 from llmrt.passes.rewrite import rewrite
 
@@ -26,23 +27,10 @@ README = Path("benchmarks/README.md")
 BEGIN, END = "<!-- operator table: begin -->\n", "<!-- operator table: end -->\n"
 
 #: Operators that make another view of the same elements (reshape may copy them).
-VIEWS = frozenset(
-    (
-        "alias",
-        "chunk",
-        "detach",
-        "expand",
-        "expand_as",
-        "flatten",
-        "narrow",
-        "permute",
-        "reshape",
-        "select",
-        "slice",
-        "split",
-    )
-    + ("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view")
-)
+VIEWS = {
+    *("alias", "chunk", "detach", "expand", "expand_as", "flatten", "narrow", "permute", "reshape", "select", "slice"),
+    *("split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
+}
 
 #: Fewest layers of a family's model: with one more, the added layer is the family's last kind.
 LAYERS = {"qwen2": 2}
