@@ -1,7 +1,8 @@
 """Untouched models of every family through ``backend="llmrt"``: one graph, transformers' results, no recompilation."""
 
 import copy
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,14 @@ LAYERS = {"qwen2": 2, "gemma2": 2, "gemma3": 2}
 RECOMPILED = {"llama", "gemma3", "gpt_neox", "gptj", "bloom", "t5"}
 LENGTHS = (10, 13, 12, 17, 20)
 
+#: Norms of a layer and of the rest of the (decoder's) forward, where they are not 2 and 1.
+NORMS = {"qwen3": (4, 1), "gemma2": (4, 1), "gemma3": (6, 1), "glm4": (4, 1), "falcon_mqa": (1, 1), "gptj": (1, 1)}
+NORMS |= {"codegen": (1, 1), "bloom": (2, 2), "t5": (3, 1), "t5_gated": (3, 1)}
+
+#: Families with a rotation of halves, one operator per layer.
+ROTATED = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3", "gpt_neox", "starcoder2"}
+ROTATED |= {"falcon", "falcon_mqa"}
+
 FAMILY_KINDS = [(name, kind) for name in FAMILIES for kind in CACHES]
 
 
@@ -32,6 +41,14 @@ def fresh_dynamo() -> Iterator[None]:
 
 def prompts(tokens: int) -> dict[str, torch.Tensor]:
     return padded_batch(2, tokens)
+
+
+def calls(function: Callable[[], Any]) -> Counter[str]:
+    """Count the calls of llmrt's operators, by the profiler: compiled code does not run under a dispatch mode."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    names = (event.name for event in profile.events())
+    return Counter(name.removeprefix("llmrt::") for name in names if name.startswith("llmrt::"))
 
 
 def leaf_guards(manager: Any) -> int:
@@ -69,6 +86,13 @@ def test_generate_equals_transformers_without_recompiling(name: str, kind: str) 
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] >= 2 and len(set(graphs[2:])) <= 1
     assert full == (not counters["graph_break"])
+
+    forwards = options["max_new_tokens"]
+    called = calls(lambda: compiled.generate(**prompts(LENGTHS[0]), **options))
+    per_layer, others = NORMS.get(name, (2, 1))
+    norms = sum(n for key, n in called.items() if key.endswith("norm"))
+    assert norms == forwards * (layers * per_layer + others) or not full
+    assert name not in ROTATED or called["rope"] + called["rope_append"] == forwards * layers
 
 
 @pytest.mark.parametrize("name", ["llama", "gptj"])
