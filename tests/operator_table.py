@@ -28,7 +28,20 @@ BEGIN, END = "<!-- operator table: begin -->\n", "<!-- operator table: end -->\n
 
 #: Operators that make another view of the same elements (reshape may copy them).
 VIEWS = {
-    *("alias", "chunk", "detach", "expand", "expand_as", "flatten", "narrow", "permute", "reshape", "select", "slice"),
+    *(
+        "alias",
+        "chunk",
+        "detach",
+        "expand",
+        "expand_as",
+        "flatten",
+        "mT",
+        "narrow",
+        "permute",
+        "reshape",
+        "select",
+        "slice",
+    ),
     *("split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
 }
 
@@ -38,8 +51,11 @@ LAYERS = {"qwen2": 2}
 
 def calls(gm: torch.fx.GraphModule) -> Counter[str]:
     """Count the operators that a graph calls: "view" those of `VIEWS`, "work" the others. Integer arithmetic does not count."""
-    targets = [node.target for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    return Counter("view" if target._schema.name.removeprefix("aten::") in VIEWS else "work" for target in targets)
+    found = [node for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    names = [
+        n.target._schema.name.removeprefix("aten::") for n in found if not isinstance(n.meta["val"], int | torch.SymInt)
+    ]
+    return Counter("view" if name in VIEWS else "work" for name in names)
 
 
 def decode_calls(name: str, kind: str, layers: int) -> tuple[Counter[str], Counter[str]]:
