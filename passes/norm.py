@@ -44,6 +44,11 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * _unit(x, eps).to(x.dtype)
 
 
+def _rms_promoted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The row meets the float32 root uncast; rounded before the weight."""
+    return weight * (x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 def _rms_once(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Rounded once, after the weight."""
     return (weight * _unit(x, eps)).to(x.dtype)
@@ -102,8 +107,6 @@ _LAYER = [*_variants("x", "weight", "bias"), *_variants("x", "weight"), *_varian
 _SUMS = _variants("x", "residual", "weight")
 
 NORMS = (
-    Rewrite("rms_norm", _rms, _to_rms_norm, _ROWS, SIZES),
-    Rewrite("rms_norm, rounded once", _rms_once, _to_rms_norm, _ROWS, SIZES, any_dtype=("weight",)),
     Rewrite(
         "rms_norm of 1 + weight",
         _rms_offset,
@@ -111,6 +114,9 @@ NORMS = (
         _ROWS,
         SIZES,
     ),
+    Rewrite("rms_norm", _rms, _to_rms_norm, _ROWS, SIZES),
+    Rewrite("rms_norm, promoted", _rms_promoted, _to_rms_norm, _ROWS, SIZES, dtypes=(torch.bfloat16,)),
+    Rewrite("rms_norm, rounded once", _rms_once, _to_rms_norm, _ROWS, SIZES, any_dtype=("weight",)),
     Rewrite("layer_norm", _layer, _to_layer_norm, _LAYER, SIZES),
 )
 

@@ -101,7 +101,7 @@ def _rope_rewrite(kind: str, heads_first: bool, partial: bool, float_tables: boo
         _inputs(heads_first, partial, columns, float_tables),
         SIZES,
         loose=("B",),
-        dtypes=(torch.bfloat16,) if float_tables else (torch.float32, torch.bfloat16),
+        dtypes=(torch.bfloat16,) if float_tables else (torch.bfloat16, torch.float32),
     )
 
 
