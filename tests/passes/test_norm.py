@@ -40,7 +40,12 @@ class Twice(nn.Module):
         return self.other(total), total * 2
 
 
-NAMES = {"before": "rms_norm", "promoted": "rms_norm, promoted", "after": "rms_norm, rounded once", "offset": "rms_norm of 1 + weight"}
+NAMES = {
+    "before": "rms_norm",
+    "promoted": "rms_norm, promoted",
+    "after": "rms_norm, rounded once",
+    "offset": "rms_norm of 1 + weight",
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +82,7 @@ def test_layer_norm_and_its_sum(weight: bool, bias: bool, dtype: torch.dtype) ->
 
 def near(x: torch.Tensor, weight: torch.Tensor, change: str) -> torch.Tensor:
     v = x.float()
-    square = v.pow(3 if change == "power" else 2)
+    square = v.pow(4 if change == "power" else 2)
     mean = square.mean(1 if change == "dimension" else -1, keepdim=True)
     root = torch.rsqrt(mean + 1e-6)
     normed = v * root
@@ -86,7 +91,7 @@ def near(x: torch.Tensor, weight: torch.Tensor, change: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [("power", "3"), ("dimension", "shape"), ("used twice", "used by"), ("", None)]
+    ("change", "reason"), [("power", "argument 4"), ("dimension", "shape"), ("used twice", "used by"), ("", None)]
 )
 def test_what_is_nearly_a_norm_stays(change: str, reason: str | None) -> None:
     weight = torch.rand(40).bfloat16()
