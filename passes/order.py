@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .gated import ACTIVATIONS, GATED
+from .kv_append import APPENDS
 from .norm import ADDED_NORMS, NORMS
 from .rewrite import GraphRewrite, Rewrite
 from .rope import ROPES
+from .rope_append import ROPE_APPENDS
 
 REWRITES: tuple[Rewrite | GraphRewrite, ...] = (
     *NORMS,
@@ -15,6 +17,8 @@ REWRITES: tuple[Rewrite | GraphRewrite, ...] = (
     *ROPES,
     *ADDED_NORMS,
     *GATED,
+    *APPENDS,
+    *ROPE_APPENDS,
 )
 
 
