@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 from .dense import GATED_LINEARS, LINEARS, PARALLEL_LINEARS
 from .gated import ACTIVATIONS, GATED
+from .kv_append import APPENDS
 from .norm import ADDED_NORMS, NORMS
 from .rewrite import GraphRewrite, Rewrite
 from .rope import NORMED_ROPES, ROPES
+from .rope_append import ROPE_APPENDS
 
 REWRITES: tuple[Rewrite | GraphRewrite, ...] = (
     *NORMS,
     *ACTIVATIONS,
     *ROPES,
     *NORMED_ROPES,
+    *APPENDS,
+    *ROPE_APPENDS,
     *ADDED_NORMS,
     *GATED,
     *GATED_LINEARS,
