@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .attention import ATTENTION
 from .dense import GATED_LINEARS, LINEARS, PARALLEL_LINEARS
 from .gated import ACTIVATIONS, GATED
 from .norm import ADDED_NORMS, NORMS
@@ -15,6 +16,7 @@ REWRITES: tuple[Rewrite | GraphRewrite, ...] = (
     *ACTIVATIONS,
     *ROPES,
     *NORMED_ROPES,
+    *ATTENTION,
     *ADDED_NORMS,
     *GATED,
     *GATED_LINEARS,
