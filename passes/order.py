@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .attention import ATTENTION
 from .dense import GATED_LINEARS, LINEARS, PARALLEL_LINEARS
 from .gated import ACTIVATIONS, GATED
 from .kv_append import APPENDS
@@ -17,6 +18,7 @@ REWRITES: tuple[Rewrite | GraphRewrite, ...] = (
     *ACTIVATIONS,
     *ROPES,
     *NORMED_ROPES,
+    *ATTENTION,
     *APPENDS,
     *ROPE_APPENDS,
     *ADDED_NORMS,
