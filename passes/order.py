@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .folding import FOLDING
 from .gated import ACTIVATIONS, GATED
+from .linear import QUANTIZED
 from .norm import ADDED_NORMS, NORMS
 from .rewrite import GraphRewrite, Rewrite
 from .rope import ROPES
@@ -15,6 +17,8 @@ REWRITES: tuple[Rewrite | GraphRewrite, ...] = (
     *ROPES,
     *ADDED_NORMS,
     *GATED,
+    *QUANTIZED,
+    *FOLDING,
 )
 
 
