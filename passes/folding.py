@@ -270,8 +270,8 @@ class _Variant:
     def is_of(self, args: Sequence[Any]) -> bool:
         """Return whether these are the arguments, none of them written to since."""
         for index, reference, version, pointer in self.states:
-            x = args[index]
-            if x is None or x is not reference() or x._version != version or x.data_ptr() != pointer:
+            x = reference()
+            if x is None or x is not args[index] or x._version != version or x.data_ptr() != pointer:
                 return False
         return True
 

@@ -223,9 +223,11 @@ def _absorb_bias(product: Product) -> None:
     if product.bias is not None or following is None:
         return
     call, index, bias = following
-    if not isinstance(bias, Node) or val(call).dtype != val(product.node).dtype or not bias < product.node:
+    if not isinstance(bias, Node) or val(call).dtype != val(product.node).dtype:
         return
-    if val(bias).dim() == 1 and known_equal(val(bias).shape[0], val(product.node).shape[-1]):
+    if bias.op == "get_attr" and product.node < bias:
+        product.node.prepend(bias)
+    if bias < product.node and val(bias).dim() == 1 and known_equal(val(bias).shape[0], val(product.node).shape[-1]):
         product.bias = bias
         product.absorbed.append((call, index))
 
