@@ -243,11 +243,11 @@ def lift_folds(gm: GraphModule) -> list[Fold]:
         if fold is not None and fold.sources:
             folds.setdefault(fold, [None] * len(fold.values))[index] = node
     last = inputs[-1] if inputs else None
-    for fold, nodes in folds.items():
+    for number, (fold, nodes) in enumerate(folds.items()):
         for index, node in enumerate(nodes):
             assert last is not None
             with gm.graph.inserting_after(last):
-                last = gm.graph.placeholder(f"folded_{fold.sources[0].name}_{index}")
+                last = gm.graph.placeholder(f"folded_{number}_{index}")
             last.meta["val"] = fake_constant(gm, fold.values[index])
             if node is None:  # nobody uses this one
                 continue
