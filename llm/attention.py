@@ -11,9 +11,11 @@ or user-made functions, static caches whose buffer is longer than what is valid)
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import SymInt, Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import (
     causal_mask_function,
@@ -32,6 +34,9 @@ _attention = ops.attention.overload
 _BOTH = sliding_window_causal_mask_function(1).__code__
 _WINDOW = sliding_window_overlay(1).__code__
 
+
+#: While a forward is captured: whether its calls have padding, which the values of a mask cannot tell then. None: look at them.
+padding_is_known: ContextVar[bool | None] = ContextVar("padding_is_known", default=None)
 
 _NO_WEIGHTS = (
     "output_attentions=True: llmrt's attention never makes the weights; "
@@ -81,14 +86,16 @@ def attention_mask(
         raise ValueError("the input has no token; pass at least one")
     if _asks_for_weights():
         raise ValueError(_NO_WEIGHTS)
-    newest = isinstance(q_offset, int) and kv_offset + kv_length == q_offset + q_length
+    newest = isinstance(q_offset, int | SymInt) and kv_offset + kv_length == q_offset + q_length
     if newest and is_causal_pattern(mask_function):
-        if attention_mask is None:
+        known = padding_is_known.get()
+        if attention_mask is None or known is False:
             return None
         if attention_mask.shape[-1] >= kv_offset + kv_length:
             # whole from the first token on: generate may hand the result to this function again
             padding = attention_mask[:, : kv_offset + kv_length]
-            return None if bool(padding.all()) else padding
+            padded = known or torch.compiler.is_compiling() or not bool(padding.all())
+            return padding if padded else None
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
