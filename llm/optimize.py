@@ -48,8 +48,9 @@ def optimize(
         quantization_config: a `WeightOnlyQuantConfig`, or None for floating point.
         qconfig_summary_file: for static INT8, not here yet.
         low_precision_checkpoint: not here yet.
-        sample_inputs: reserved for the captured graph; not read.
-        deployment_mode: True will run a captured graph; for now both values run eager modules.
+        sample_inputs: not read: graphs are captured from the first calls.
+        deployment_mode: True runs calls with a `KVCache`, as generate makes them, as captured graphs of operators; False always runs
+            the modules. Attributes of modules, such as an epsilon, are then read once.
         strict: raise `OptimizationError`, with the reasons, if anything would stay unoptimized that has a faster form.
 
     Returns:
@@ -69,7 +70,7 @@ def optimize(
         plan.report.raise_if_unoptimized()
     plan.report.bytes_before = weight_bytes(model)
     result = model if inplace else share_copy(model)
-    Converter(result, plan, dtype, keep=not inplace).run()
+    Converter(result, plan, dtype, not inplace, deployment_mode, strict).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
     if quantization_config is not None:

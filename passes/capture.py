@@ -6,6 +6,7 @@ evaluates them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,9 +52,15 @@ class Captured:
             found[printer.doprint(expression)] = None
         return [text for text in found if text != "True"]
 
-    def condition(self) -> Callable[..., bool]:
-        """Return a function of the sizes, as keywords or in their order, that tells whether the graph may be used."""
-        return eval(f"lambda {', '.join(self.sizes)}: {' and '.join(f'({g})' for g in self.guards()) or 'True'}")
+    def condition(self, names: Sequence[str] | None = None) -> Callable[..., bool]:
+        """Return a function that tells whether the graph may be used.
+
+        Args:
+            names: its arguments, in this order: all of `sizes`, maybe others. Default: `sizes`.
+        """
+        text = " and ".join(f"({guard})" for guard in self.guards()) or "True"
+        function: Callable[..., bool] = eval(f"lambda {', '.join(names or self.sizes)}: {text}", {"math": math})
+        return function
 
 
 class Capture:

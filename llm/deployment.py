@@ -1,0 +1,237 @@
+"""Deployment mode: a model's forward runs as a captured graph of operators, without the Python of its modules.
+
+The graph is captured when the first call of its kind comes (`captured_forward.Key`: one token or several, one row or several, padding,
+beams). Everything that a graph does not cover, such as hidden states, a cache of transformers or training, runs the optimized
+modules; results are the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import attention
+from .cache import KVCache
+from .captured_forward import Call, CapturedForward, CaptureError, Key, Kinds, learn_kinds
+from .model_state import ModelState
+
+#: Arguments that a graph takes.
+_TAKEN = frozenset(("input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"))
+#: Arguments that must have their usual value, beside None.
+_USUAL = {
+    "use_cache": True, "return_dict": True, "output_attentions": False, "output_hidden_states": False, "labels": None,
+    "inputs_embeds": None,
+}  # fmt: skip
+#: Graphs of one key, for sizes that the model's code treats differently; beyond, the modules run.
+MOST_GRAPHS = 6
+
+
+#: Rotations that choose their frequencies by looking at the positions.
+_CHANGING_ROTATIONS = ("dynamic", "longrope")
+
+
+def undeployable(model: Any) -> str | None:
+    """Return why a model's forward cannot be captured, as far as its configuration tells; None if nothing speaks against it."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    for part in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        if part.get("rope_type") in _CHANGING_ROTATIONS:
+            return f"its rotation ({part['rope_type']}) changes with the length of the text"
+    return None
+
+
+class Deployment:
+    """Stands for a model's `forward`."""
+
+    def __init__(self, model: Any, strict: bool = False) -> None:
+        """Refer to the model weakly, so that deleting it frees it.
+
+        Args:
+            model: optimized, with llmrt's attention.
+            strict: raise instead of warning when a forward cannot be captured.
+        """
+        self._model: weakref.ref[Any] = weakref.ref(model)
+        self._strict = strict
+        forward = inspect.signature(type(model).forward)
+        self.__signature__ = forward.replace(parameters=list(forward.parameters.values())[1:])
+        self.__name__, self.__doc__ = "forward", type(model).forward.__doc__
+        self._lock = threading.RLock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._state: ModelState | None = None
+        self._kinds: Kinds | None = None
+        self._graphs: dict[Key, list[CapturedForward]] = {}
+        self._reasons: dict[Key | None, str] = {}
+
+    @property
+    def graphs(self) -> list[CapturedForward]:
+        """All graphs captured so far."""
+        return [graph for graphs in self._graphs.values() for graph in graphs]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why calls ran the modules although a graph was expected."""
+        return list(dict.fromkeys(self._reasons.values()))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a graph if one covers the call, else the modules."""
+        model: Any = self._model()
+        if not torch.compiler.is_compiling() and self._usual(model, args, kwargs):
+            out = self._deployed(model, args[0] if args else kwargs.get("input_ids"), kwargs)
+            if out is not None:
+                return out
+        return type(model).forward(model, *args, **kwargs)
+
+    @staticmethod
+    def _usual(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether the arguments and torch's state are those of inference with a `KVCache`."""
+        if type(kwargs.get("past_key_values")) is not KVCache or len(args) > 1 or model.training:
+            return False
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        for name, value in kwargs.items():
+            if name not in _TAKEN and (name not in _USUAL or (value is not None and value is not _USUAL[name])):
+                return False
+        return True
+
+    def _deployed(self, model: Any, ids: Any, kwargs: dict[str, Any]) -> Any:
+        """Return the output of a graph, or None if none covers the call."""
+        cache = kwargs["past_key_values"]
+        if type(ids) is not Tensor or ids.dim() != 2 or ids.device.type != "cpu" or not ids.numel():
+            return None
+        start = cache.layers[0].length
+        if not self._ready(model, thoroughly=start == 0 or ids.shape[1] > 1):
+            return None
+        call = self._call(cache, ids, kwargs)
+        if call is None:
+            return None
+        graph = next((g for g in self._graphs.get(call.key, ()) if g.fits(*call.sizes)), None) or self._new(model, call)
+        if graph is None:
+            return None
+        try:
+            tensors = graph.run(*call.inputs())
+        except Exception as error:  # the modules, run over the same tokens, say better what is wrong
+            out = type(model).forward(model, ids, **{k: v for k, v in kwargs.items() if k != "input_ids"})
+            self._refuse(call.key, error)
+            return out
+        for layer in cache.layers:
+            if layer.is_initialized:
+                layer.length += call.sizes[1]
+        return graph.output(tensors, cache)
+
+    def _ready(self, model: Any, thoroughly: bool) -> bool:
+        """Return whether graphs may be used; forget them if the model changed."""
+        state = self._state
+        if state is None or state.changed(thoroughly):
+            with self._lock:
+                self._forget()
+                self._state = state = ModelState(model)
+                self._learn(model)
+        return None not in self._reasons and not state.hooked()
+
+    def _learn(self, model: Any) -> None:
+        """Find out what the layers of the cache hold."""
+        config = model.config
+        if config._attn_implementation != attention.NAME:
+            self._reasons[None] = "the attention implementation was changed"
+        elif not config.use_cache or config.output_attentions or config.output_hidden_states or not config.return_dict:
+            self._reasons[None] = "the configuration asks for other outputs or no cache"
+        else:
+            try:
+                self._kinds = learn_kinds(model)
+                self._unchanged()
+            except Exception as error:  # a foreign forward may raise anything
+                self._unchanged(quiet=True)
+                self._refuse(None, error)
+
+    def _unchanged(self, quiet: bool = False) -> None:
+        """Raise if the forward that was captured changed the model, after undoing it."""
+        assert self._state is not None
+        changed = self._state.restore()
+        if changed and not quiet:
+            raise CaptureError(f"its forward changes {', '.join(changed[:3])}")
+
+    def _call(self, cache: KVCache, ids: Tensor, kwargs: dict[str, Any]) -> Call | None:
+        """Return the call with room for its tokens in the cache, or None if it is an unusual one.
+
+        Raises:
+            ValueError: the cache does not fit.
+        """
+        assert self._kinds is not None
+        (batch, tokens), layers = ids.shape, cache.layers
+        start, kinds = layers[0].length, self._kinds.kinds
+        mask, positions, keep = kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs.get("logits_to_keep", 0)
+        if type(keep) is not int or keep < 0 or len(layers) != len(kinds):
+            return None
+        if mask is not None:
+            if type(mask) is not Tensor or mask.shape != (batch, start + tokens):
+                return None
+            mask = mask if mask.dtype == torch.bool else mask.to(torch.bool)
+            mask = None if bool(mask.all()) else mask
+        if positions is not None and (
+            type(positions) is not Tensor or positions.dtype != torch.int64
+            or positions.shape not in ((batch, tokens), (1, tokens))
+        ):  # fmt: skip
+            return None
+        every, buffers = 1, None
+        for layer, kind, reader in zip(layers, kinds, self._kinds.readers, strict=True):
+            if kind is None:
+                continue
+            if layer.length != start:
+                return None
+            every = layer.reserve((batch, *kind), tokens)
+            layer.claim(reader)
+            shape = layer.key_cache.shape
+            buffers = buffers or (shape[0], shape[2])
+            if buffers != (shape[0], shape[2]):
+                return None
+        return Call(ids, mask, positions, cache, every, keep if keep < tokens else 0)
+
+    def _new(self, model: Any, call: Call) -> CapturedForward | None:
+        """Capture a graph for a call; None if that does not work."""
+        assert self._kinds is not None
+        if call.key in self._reasons:
+            return None
+        with self._lock:
+            try:
+                if len(self._graphs.get(call.key, ())) == MOST_GRAPHS:
+                    raise CaptureError(f"{MOST_GRAPHS} graphs were captured for different sizes")
+                graph = CapturedForward(model, self._kinds, call)
+                self._unchanged()
+                if not graph.fits(*call.sizes):
+                    raise CaptureError(f"the graph does not hold for the call that it was captured from: {call.sizes}")
+            except Exception as error:  # a foreign forward may raise anything
+                self._unchanged(quiet=True)
+                self._refuse(call.key, error)
+                return None
+            self._graphs.setdefault(call.key, []).append(graph)
+            report = getattr(model, "optimization_report", None)
+            if report is not None:
+                report.graphs.append(f"{call.key.describe()}: {graph.nodes} calls")
+            return graph
+
+    def _refuse(self, key: Key | None, error: Exception) -> None:
+        """Note why a kind of call (None: any) runs the modules, and say so once."""
+        first = next(iter(str(error).splitlines()), "")
+        reason = first if isinstance(error, CaptureError) else f"{type(error).__name__}: {first}"
+        message = f"llmrt: the forward could not run as a graph ({reason}); the optimized modules run instead"
+        if self._strict:
+            raise RuntimeError(message) from error
+        if reason not in self._reasons.values():
+            warnings.warn(message, stacklevel=2)
+        self._reasons[key] = reason
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Deployment:
+        """Belong to the copy of the model, which captures for itself."""
+        model = self._model()
+        return Deployment(memo.get(id(model), model), self._strict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a reference to the model."""
+        return Deployment, (self._model(), self._strict)
