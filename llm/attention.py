@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor, nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import (
     causal_mask_function,
@@ -23,7 +23,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
     sliding_window_overlay,
 )
-from transformers.utils import output_capturing
+from transformers.utils import is_tracing, output_capturing
 
 from .. import ops
 
@@ -65,6 +65,18 @@ def is_causal_pattern(mask_function: Callable[..., Any]) -> bool:
     )
 
 
+def _is_causal(mask_function: Callable[..., Any], may_skip: bool, window: int | None, config: Any) -> bool:
+    """Return `is_causal_pattern`; for Dynamo, which cannot look into a closure, from what transformers passes beside it.
+
+    Where a function deviates from the pattern of its layer, transformers forbids to skip the mask; a local size is the window's
+    unless the model attends in chunks.
+    """
+    if mask_function is causal_mask_function or not torch.compiler.is_dynamo_compiling():
+        return is_causal_pattern(mask_function)
+    windowed = window is not None and window == getattr(config, "sliding_window", None)
+    return may_skip and windowed and getattr(config, "attention_chunk_size", None) is None
+
+
 def attention_mask(
     batch_size: int,
     q_length: int,
@@ -86,16 +98,17 @@ def attention_mask(
         raise ValueError("the input has no token; pass at least one")
     if _asks_for_weights():
         raise ValueError(_NO_WEIGHTS)
-    newest = isinstance(q_offset, int | SymInt) and kv_offset + kv_length == q_offset + q_length
-    if newest and is_causal_pattern(mask_function):
-        known = padding_is_known.get()
+    newest = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
+    if newest and _is_causal(mask_function, allow_is_causal_skip, kwargs.get("local_size"), kwargs.get("config")):
+        known = None if torch.compiler.is_compiling() else padding_is_known.get()
         if attention_mask is None or known is False:
             return None
         if attention_mask.shape[-1] >= kv_offset + kv_length:
             # whole from the first token on: generate may hand the result to this function again
             padding = attention_mask[:, : kv_offset + kv_length]
-            padded = known or torch.compiler.is_compiling() or not bool(padding.all())
-            return padding if padded else None
+            if known or is_tracing(padding):  # its values are not known, and the graph is to serve other prompts too
+                return padding
+            return None if bool(padding.all()) else padding
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

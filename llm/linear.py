@@ -289,8 +289,8 @@ class _Pending:
 
 
 def _version(x: Tensor) -> int:
-    """Return the mutation count; inference tensors have none (they may still be changed in place, which no model does)."""
-    return -1 if x.is_inference() else x._version
+    """Return the mutation count; inference tensors and a graph being traced have none (no model changes x between siblings)."""
+    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class LinearGroup(QuantLinear):

@@ -57,9 +57,10 @@ def with_rotation(cls: Any, name: str, style: str) -> Any:
     if key in _classes:
         return _classes[key]
     old = cls.forward
-    new = FunctionType(
-        old.__code__, {**old.__globals__, name: ROTATIONS[style]}, old.__name__, old.__defaults__, old.__closure__
-    )
+    # without __name__: by it, Dynamo would look globals up in the module of transformers
+    scope = {key: value for key, value in old.__globals__.items() if key != "__name__"} | {name: ROTATIONS[style]}
+    new = FunctionType(old.__code__, scope, old.__name__, old.__defaults__, old.__closure__)
+    new.__module__ = old.__module__
     new.__kwdefaults__ = old.__kwdefaults__
     new.__doc__ = old.__doc__
 
