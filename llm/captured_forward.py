@@ -123,7 +123,7 @@ def learn_kinds(model: Any) -> Kinds:
     finally:
         padding_is_known.reset(token)
     kinds = tuple(layer.kind for layer in cache.layers)
-    if kinds[0] is None or any(k is not None and layer.reader is None for k, layer in zip(kinds, cache.layers, strict=True)):
+    if kinds[0] is None or any(layer.kind is not None and layer.reader is None for layer in cache.layers):
         raise CaptureError("not all of its layers use the attention interface with the cache")
     return Kinds(kinds, tuple(layer.reader for layer in cache.layers))
 

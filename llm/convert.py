@@ -11,7 +11,7 @@ from torch import nn
 
 from . import attention, trial
 from .cache_setup import CacheSetup
-from .deployment import Deployment, undeployable
+from .deployment import Deployment
 from .linear import LinearGroup, QuantLinear, SiblingLinear
 from .mlp import GatedMLP, QuantGatedMLP
 from .norm import convert_norm
@@ -147,11 +147,10 @@ class Converter:
 
     def _deployment(self) -> None:
         model, plan = self.model, self.plan
-        if not self.deploy:
-            return
-        reason = undeployable(model) if plan.cache else "needs llmrt's attention and cache"
-        plan.report.add("", "forward", None if reason else "captured graphs, with the first calls", reason)
-        if reason is None:
+        if self.deploy and not plan.cache:
+            plan.report.add("", "forward", reason="needs llmrt's attention and cache")
+        elif self.deploy:
+            plan.report.add("", "forward", "graphs, captured from the first calls")
             model.forward = Deployment(model, self.strict)
             self.undo.append(lambda: delattr(model, "forward"))
 

@@ -11,7 +11,8 @@ import inspect
 import threading
 import warnings
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from torch import Tensor
 from . import attention
 from .cache import KVCache
 from .captured_forward import Call, CapturedForward, CaptureError, Key, Kinds, learn_kinds
-from .model_state import ModelState
+from .model_state import ModelState, Snapshot
+
+T = TypeVar("T")
 
 #: Arguments that a graph takes.
 _TAKEN = frozenset(("input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"))
@@ -144,18 +147,22 @@ class Deployment:
             self._reasons[None] = "the configuration asks for other outputs or no cache"
         else:
             try:
-                self._kinds = learn_kinds(model)
-                self._unchanged()
+                self._kinds = self._undisturbed(model, lambda: learn_kinds(model))
             except Exception as error:  # a foreign forward may raise anything
-                self._unchanged(quiet=True)
                 self._refuse(None, error)
 
-    def _unchanged(self, quiet: bool = False) -> None:
-        """Raise if the forward that was captured changed the model, after undoing it."""
-        assert self._state is not None
-        changed = self._state.restore()
-        if changed and not quiet:
+    @staticmethod
+    def _undisturbed(model: Any, run: Callable[[], T]) -> T:
+        """Return the result of running the model over fake tensors; raise if that changes the model, after undoing it."""
+        snapshot = Snapshot(model)
+        try:
+            result = run()
+        except BaseException:
+            snapshot.restore()
+            raise
+        if changed := snapshot.restore():
             raise CaptureError(f"its forward changes {', '.join(changed[:3])}")
+        return result
 
     def _call(self, cache: KVCache, ids: Tensor, kwargs: dict[str, Any]) -> Call | None:
         """Return the call with room for its tokens in the cache, or None if it is an unusual one.
@@ -166,7 +173,8 @@ class Deployment:
         assert self._kinds is not None
         (batch, tokens), layers = ids.shape, cache.layers
         start, kinds = layers[0].length, self._kinds.kinds
-        mask, positions, keep = kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs.get("logits_to_keep", 0)
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        keep = kwargs.get("logits_to_keep", 0)
         if type(keep) is not int or keep < 0 or len(layers) != len(kinds):
             return None
         if mask is not None:
@@ -202,12 +210,11 @@ class Deployment:
             try:
                 if len(self._graphs.get(call.key, ())) == MOST_GRAPHS:
                     raise CaptureError(f"{MOST_GRAPHS} graphs were captured for different sizes")
-                graph = CapturedForward(model, self._kinds, call)
-                self._unchanged()
+                kinds = self._kinds
+                graph = self._undisturbed(model, lambda: CapturedForward(model, kinds, call))
                 if not graph.fits(*call.sizes):
                     raise CaptureError(f"the graph does not hold for the call that it was captured from: {call.sizes}")
             except Exception as error:  # a foreign forward may raise anything
-                self._unchanged(quiet=True)
                 self._refuse(call.key, error)
                 return None
             self._graphs.setdefault(call.key, []).append(graph)

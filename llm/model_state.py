@@ -1,4 +1,4 @@
-"""Notices that a model is no longer the one that was looked at: parts, parameters, configuration, hooks, dtypes."""
+"""Notices that a model is no longer the one that was captured, and undoes what a capture changed in it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from torch.nn.modules import module as torch_module
 _IDLE_HOOKS = "transformers.utils.output_capturing"
 
 
+def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
+
+
 class ModelState:
-    """What a captured graph took from a model without asking again.
+    """What a captured graph took from a model without asking again: parts, parameters and configuration.
 
     A change of plain attributes (an epsilon, a scale) is not noticed, and neither are hooks of the model itself, which run outside of
     its forward.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         """Look at the model."""
         parts = list(model.modules())
-        self._attributes = [(m, dict(m.__dict__)) for m in parts]
-        held: list[dict[str, Any]] = [d for m in parts for d in (m._parameters, m._buffers, m._modules)]
-        self._contents = [(d, dict(d)) for d in held]
-        config: dict[str, Any] = model.config.__dict__  # type: ignore[assignment, union-attr]
-        self._dicts = [*filter(None, held), config]
+        self._model, self._config = model.__dict__, model.config
+        configs = {id(c): vars(c) for c in (self._config, self._config.get_text_config(decoder=True))}
+        self._dicts = [*filter(None, (held for part in parts for held in _held(part))), *configs.values()]
         self._values = list(self._now())
         self._tensors = [v for v in self._values if isinstance(v, torch.Tensor)]
         self._kinds = [(t.dtype, t.device, t.shape) for t in self._tensors]
-        inner = parts[1:]
-        self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._forwards = [(part.__dict__, part.__dict__.get("forward")) for part in parts]
+        self._hooks = [hooks for part in parts[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 
     def _now(self) -> Any:
@@ -47,13 +49,15 @@ class ModelState:
                 another forward, too.
         """
         now = list(self._now())
+        if self._model["config"] is not self._config:
+            return True
         if len(now) != len(self._values) or not all(map(is_, now, self._values)):
             return True
         if not thoroughly:
             return False
         if [(t.dtype, t.device, t.shape) for t in self._tensors] != self._kinds:
             return True
-        return any(m.__dict__.get("forward") is not old.get("forward") for m, old in self._attributes)
+        return any(attributes.get("forward") is not forward for attributes, forward in self._forwards)
 
     def hooked(self) -> bool:
         """Return whether a part has a forward hook that may do something."""
@@ -61,18 +65,21 @@ class ModelState:
             return False
         return any(hook.__module__ != _IDLE_HOOKS for hooks in self._hooks for hook in hooks.values())
 
+
+class Snapshot:
+    """Attributes, parameters and buffers of all parts, to be put back: fake tensors must not stay in a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Note the objects."""
+        parts = list(model.modules())
+        self._before = [(type(m).__name__, d, dict(d)) for m in parts for d in (m.__dict__, *_held(m))]
+
     def restore(self) -> list[str]:
-        """Undo changes of attributes and buffers since; return the names of what had changed."""
+        """Put everything back; return the names of what had changed."""
         changed = []
-        for module, old in self._attributes:
-            new = module.__dict__
-            if len(new) != len(old) or any(new.get(key, self) is not value for key, value in old.items()):
-                changed += [f"{type(module).__name__}.{k}" for k in new if new[k] is not old.get(k, self)]
-                new.clear()
-                new.update(old)
-        for held, before in self._contents:
+        for owner, held, before in self._before:
             if len(held) != len(before) or not all(map(is_, held.values(), before.values())):
-                changed += [key for key in held if held[key] is not before.get(key, self)]
+                changed += [f"{owner}.{key}" for key in held if held[key] is not before.get(key, self)]
                 held.clear()
                 held.update(before)
         return changed

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .convert import Converter, weight_bytes
+from .deployment import undeployable
 from .linear import QuantLinear, SiblingLinear
 from .plan import Planner, check_weights
 from .quantization import WeightOnlyQuantConfig
@@ -66,11 +67,14 @@ def optimize(
     )
     plan = Planner(model, quantization_config).plan()
     check_weights(model, plan)
+    reason = undeployable(model) if deployment_mode else None
+    if reason is not None:
+        plan.report.add("", "forward", reason=reason, expected=False)
     if strict:
         plan.report.raise_if_unoptimized()
     plan.report.bytes_before = weight_bytes(model)
     result = model if inplace else share_copy(model)
-    Converter(result, plan, dtype, not inplace, deployment_mode, strict).run()
+    Converter(result, plan, dtype, not inplace, deployment_mode and reason is None, strict).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
     if quantization_config is not None:

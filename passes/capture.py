@@ -46,7 +46,8 @@ class Captured:
     def guards(self) -> list[str]:
         """Return what must hold, as Python expressions over `sizes`; rewrites of the graph may have added some."""
         names = {symbol: name for name, symbol in self._symbols.items()}
-        printer, found = PythonPrinter(), {}
+        printer = PythonPrinter()
+        found: dict[str, None] = {}
         for guard in self._env.guards:
             expression = guard.expr.subs({symbol: type(symbol)(name, integer=True) for symbol, name in names.items()})
             found[printer.doprint(expression)] = None
@@ -84,9 +85,7 @@ class Capture:
             least: what it will never be below.
         """
         source = ConstantSource(name)
-        symbol = self.env.create_symbol(
-            value, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
-        )
+        symbol = self.env.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
         self.env.constrain_symbol_range(symbol, least, int(torch.iinfo(torch.int64).max))
         self.symbols[name] = symbol
         result = self.env.create_symintnode(symbol, hint=value, source=source)
