@@ -94,7 +94,7 @@ class Capture:
 
     def tensor(self, shape: Sequence[int | SymInt], dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
         """Return a fake contiguous tensor."""
-        with self.mode:
+        with quiet_modes(), self.mode:
             return torch.empty(tuple(shape), dtype=dtype, device=device)
 
     def trace(self, function: Callable[..., Any], inputs: Sequence[Any]) -> Captured:

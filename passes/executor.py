@@ -154,7 +154,8 @@ class _Writer:
             index = user.args[1] if user.op == "call_function" and user.target is operator.getitem else None
             if type(index) is not int or not 0 <= index < len(names) or names[index] != "_":
                 return None
-            names[index] = self.names[user] = self.name(user)
+            if user.users:
+                names[index] = self.names[user] = self.name(user)
         return names
 
     def name(self, node: Node) -> str:
@@ -172,8 +173,8 @@ class _Writer:
             self.names[node] = self.bind(value, "constant")
         elif node.op == "output":
             self.lines.append(f"return {self.text(node.args[0])}")
-        elif node.target is operator.getitem and node in self.names:
-            self.free(node)  # unpacked already
+        elif node.target is operator.getitem and (node in self.names or not node.users):
+            self.free(node)  # unpacked already, or nobody's
         else:
             line, names = self.expression(node), self.unpacked(node)
             if names:
