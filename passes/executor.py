@@ -149,14 +149,13 @@ class _Writer:
         results = node.meta.get("val")
         if not isinstance(results, list | tuple) or not node.users:
             return None
-        names = ["_"] * len(results)
+        picked: dict[int, Node] = {}
         for user in node.users:
             index = user.args[1] if user.op == "call_function" and user.target is operator.getitem else None
-            if type(index) is not int or not 0 <= index < len(names) or names[index] != "_":
+            if type(index) is not int or not 0 <= index < len(results) or index in picked:
                 return None
-            if user.users:
-                names[index] = self.names[user] = self.name(user)
-        return names
+            picked[index] = user
+        return [self.name(picked[i]) if i in picked and picked[i].users else "_" for i in range(len(results))]
 
     def name(self, node: Node) -> str:
         """Return the variable of a node."""
