@@ -6,6 +6,7 @@ the operator objects of a graph; everything else goes through the operator objec
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,7 @@ _INFIX = {
     operator.truediv: "/", operator.eq: "==", operator.ne: "!=", operator.lt: "<", operator.le: "<=",
     operator.gt: ">", operator.ge: ">=",
 }  # fmt: skip
-#: What `repr` writes as Python reads it back (floats that are not finite do not).
+#: What `repr` writes as Python reads it back, beside finite floats.
 _LITERALS = (bool, int, str, type(None), type(...))
 
 
@@ -106,7 +107,7 @@ class _Writer:
         """Return an argument as source."""
         if isinstance(value, Node):
             return self.names[value]
-        if type(value) in _LITERALS:
+        if type(value) in _LITERALS or (type(value) is float and math.isfinite(value)):
             return repr(value)
         if isinstance(value, slice):
             return f"slice({', '.join(self.text(x) for x in (value.start, value.stop, value.step))})"
