@@ -63,6 +63,7 @@ class Deployment:
         forward = inspect.signature(type(model).forward)
         self.__signature__ = forward.replace(parameters=list(forward.parameters.values())[1:])
         self.__name__, self.__doc__ = "forward", type(model).forward.__doc__
+        self.__code__ = type(model).forward.__code__  # torch.export asks where the forward is written
         self._lock = threading.RLock()
         self._forget()
 

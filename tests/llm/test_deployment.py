@@ -245,6 +245,17 @@ def test_errors_are_those_of_the_modules() -> None:
     assert cache.get_seq_length() == 5 and not fast.forward.reasons
 
 
+def test_export_and_compile_take_the_modules(pair: tuple[Any, Any]) -> None:
+    fast, ids = copy.deepcopy(pair[0]), padded_batch()["input_ids"]
+    expected = pair[1](ids, use_cache=False).logits
+    exported = torch.export.export(fast, (), {"input_ids": ids, "use_cache": False})
+    assert error(exported.module()(input_ids=ids, use_cache=False).logits, expected) < 1e-5
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    assert error(compiled(ids, past_key_values=llm.KVCache(fast.config)).logits, expected) < 1e-5
+    torch._dynamo.reset()
+    assert not fast.forward.graphs and not fast.forward.reasons
+
+
 class Interrupt(LogitsProcessor):
     """Counts steps; stands for whatever user code runs between two of them."""
 
