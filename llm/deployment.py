@@ -99,6 +99,8 @@ class Deployment:
             return False
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
+        if kwargs.get("use_cache") is None and not model.config.use_cache:
+            return False
         for name, value in kwargs.items():
             if name not in _TAKEN and (name not in _USUAL or (value is not None and value is not _USUAL[name])):
                 return False
@@ -137,6 +139,7 @@ class Deployment:
                 self._forget()
                 self._state = state = ModelState(model)
                 self._learn(model)
+                self._tell(model)
         return None not in self._reasons and not state.hooked()
 
     def _learn(self, model: Any) -> None:
@@ -144,8 +147,8 @@ class Deployment:
         config = model.config
         if config._attn_implementation != attention.NAME:
             self._reasons[None] = "the attention implementation was changed"
-        elif not config.use_cache or config.output_attentions or config.output_hidden_states or not config.return_dict:
-            self._reasons[None] = "the configuration asks for other outputs or no cache"
+        elif config.output_attentions or config.output_hidden_states or not config.return_dict:
+            self._reasons[None] = "the configuration asks for other outputs"
         else:
             try:
                 self._kinds = self._undisturbed(model, lambda: learn_kinds(model))
@@ -219,10 +222,17 @@ class Deployment:
                 self._refuse(call.key, error)
                 return None
             self._graphs.setdefault(call.key, []).append(graph)
-            report = getattr(model, "optimization_report", None)
-            if report is not None:
-                report.graphs.append(f"{call.key.describe()}: {graph.nodes} calls")
+            self._tell(model)
             return graph
+
+    def _tell(self, model: Any) -> None:
+        """Enter the graphs into the model's report, and what has none."""
+        lines = [f"{key.describe()}: {g.nodes} calls" for key, graphs in self._graphs.items() for g in graphs]
+        for key, reason in self._reasons.items():
+            lines.append(f"{'all' if key is None else key.describe()}: modules run: {reason}")
+        report = getattr(model, "optimization_report", None)
+        if report is not None:
+            report.graphs[:] = lines
 
     def _refuse(self, key: Key | None, error: Exception) -> None:
         """Note why a kind of call (None: any) runs the modules, and say so once."""
@@ -234,6 +244,7 @@ class Deployment:
         if reason not in self._reasons.values():
             warnings.warn(message, stacklevel=2)
         self._reasons[key] = reason
+        self._tell(self._model())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Deployment:
         """Belong to the copy of the model, which captures for itself."""

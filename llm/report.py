@@ -38,7 +38,7 @@ class OptimizationReport:
         entries: one per module or seam.
         bytes_before: of parameters and buffers.
         bytes_after: the same, after.
-        graphs: a line for every graph that deployment mode captured; they come with the calls.
+        graphs: a line for every graph that deployment mode captured, or could not; they come with the calls.
     """
 
     family: str | None

@@ -137,6 +137,10 @@ def test_what_the_modules_run(pair: tuple[Any, Any]) -> None:
         fast(ids, past_key_values=ours())
     assert isinstance(fast(ids, past_key_values=ours(), return_dict=False), tuple)
     assert not fast.forward.graphs and not fast.forward.reasons
+    fast.config.use_cache = False
+    fast(ids, past_key_values=ours())
+    assert not fast.forward.graphs
+    fast.config.use_cache = True
     seen = []
     handle = fast.model.layers[1].mlp.register_forward_hook(lambda *call: seen.append(call))
     fast.generate(**batch, **GENERATE)
@@ -178,6 +182,7 @@ def test_a_changed_model_is_captured_anew(pair: tuple[Any, Any]) -> None:
         model.set_attn_implementation("sdpa")
     check(0)
     assert fast.forward.reasons == ["the attention implementation was changed"]
+    assert fast.optimization_report.graphs == ["all: modules run: the attention implementation was changed"]
 
 
 def test_copies_capture_for_themselves_and_models_are_freed() -> None:
@@ -221,6 +226,7 @@ def test_what_cannot_be_captured_runs_and_says_so_once(keeps: bool) -> None:
     ) as seen:
         assert torch.equal(fast.generate(**batch, **GENERATE), expected)
     assert len(seen) == 1 and not fast.forward.graphs
+    assert "  captured graphs:\n    all: modules run: " in str(fast.optimization_report)
     last = fast.model.norm.last
     assert (type(last) is torch.Tensor) if keeps else last is None
     strict = llm.optimize(tiny_model("llama"), strict=True)
