@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kSharedRows = 128;   // most query rows per key for which sharing reads between beams beats packing
 constexpr int64_t kSplitTokens = 256;  // fewest tokens of a split
+constexpr int64_t kScannedMask = 1 << 18;   // largest mask that one thread looks through first: 10 us
 constexpr int64_t kThreadBytes = 64 << 10;  // keys and values below which a second thread costs more than it saves
 constexpr int64_t kTaskFloats = 32 << 10;   // output of a prefill task: it stays in the second cache level
 constexpr int64_t kMostTaskRows = 504, kFewestTaskRows = 96, kTaskRowsUnit = 12;  // whole register tiles of every tier
@@ -32,15 +33,6 @@ struct Buffer {
   ~Buffer() { free(data); }
 };
 thread_local Buffer scratch_buffer, state_buffer;
-
-Tensor last_dense(const Tensor& t) {
-  return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
-}
-
-void check_last_dense(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.size(3) <= 1 || t.stride(3) == 1, name, " has stride ", t.stride(3),
-                  " in its last dimension; expected 1");
-}
 
 // What the tensors must be kept alive for while the kernels run.
 struct Operands {
@@ -91,18 +83,18 @@ void set_mask(AttentionArgs& a, OptionalTensor& mask) {
     fits = fits && boolean && mask->size(0) == a.B;
   } else {
     fits = fits && d == 4 && (mask->size(0) == 1 || mask->size(0) == a.B) &&
-           (mask->size(1) == 1 || mask->size(1) == a.H) && mask->size(2) == a.S;
+           (mask->size(1) == 1 || mask->size(1) == a.H) && (mask->size(2) == 1 || mask->size(2) == a.S);
     if (!boolean) a.mask_dtype = float_dtype(*mask, "mask");
   }
   STD_TORCH_CHECK(fits, "mask has shape ", shape_text(*mask), " and dtype ", dtype_text(mask->scalar_type()),
                   "; expected bool [", a.B, ", >= ", a.length, "], or bool or floating [", a.B, " or 1, ", a.H,
-                  " or 1, ", a.S, ", >= ", a.length, "]");
+                  " or 1, ", a.S, " or 1, >= ", a.length, "]");
   mask = last_dense(*mask);
   a.mask_kind = boolean ? MaskKind::boolean : MaskKind::floating, a.mask = mask->const_data_ptr();
   a.mask_b = mask->size(0) == 1 ? 0 : mask->stride(0);
   if (d == 2) return;
   a.mask_h = mask->size(1) == 1 ? 0 : mask->stride(1);
-  a.mask_s = a.S == 1 ? 0 : mask->stride(2);
+  a.mask_s = mask->size(2) == 1 ? 0 : mask->stride(2);
 }
 
 void set_rows(AttentionArgs& a, OptionalTensor& rows, int64_t cache_rows) {
@@ -137,7 +129,7 @@ void set_head_vectors(AttentionArgs& a, OptionalTensor& slopes, OptionalTensor& 
 // How the work is cut: samples x kv heads x pieces of the query rows x splits of the tokens.
 struct Plan {
   bool decode;
-  int64_t samples, rows, piece_rows, pieces, first, splits, split_tokens, tasks;
+  int64_t samples, rows, piece_rows, pieces, first, end, splits, split_tokens, tasks;
   AttentionTask task(const AttentionArgs& a, int64_t i) const {
     const int64_t split = i % splits, unit = i / splits % (samples * a.Hk);
     const int64_t piece = pieces - 1 - i / splits / (samples * a.Hk);  // the newest tokens, which see most, first
@@ -147,10 +139,16 @@ struct Plan {
             piece * piece_rows,
             row1 < rows ? row1 : rows,
             first + split * split_tokens,
-            token1 < a.length ? token1 : a.length,
+            token1 < end ? token1 : end,
             nullptr};
   }
 };
+
+// Elements of the mask that are not copies of others; above any limit where there is no mask.
+int64_t mask_elements(const AttentionArgs& a) {
+  if (a.mask_kind == MaskKind::none) return INT64_MAX;
+  return (a.mask_b ? a.B : 1) * (a.mask_h ? a.H : 1) * (a.mask_s ? a.S : 1) * a.length;
+}
 
 Plan make_plan(AttentionArgs& a, int64_t threads) {
   Plan p{};
@@ -168,7 +166,9 @@ Plan make_plan(AttentionArgs& a, int64_t threads) {
   }
   p.pieces = (p.rows + p.piece_rows - 1) / p.piece_rows;
   p.first = a.window > 0 && a.length - a.S - a.window + 1 > 0 ? a.length - a.S - a.window + 1 : 0;
-  const int64_t tokens = a.length - p.first, whole = units * p.pieces;
+  p.end = a.length;
+  if (mask_elements(a) <= kScannedMask) tier().attention.mask_range(a, p.first, p.end);
+  const int64_t tokens = p.end - p.first, whole = units * p.pieces;
   p.splits = 1;
   if (whole < 2 * threads && whole % threads) p.splits = (2 * threads + whole - 1) / whole;
   if (p.splits > tokens / kSplitTokens) p.splits = tokens / kSplitTokens;
@@ -189,7 +189,8 @@ void run(const AttentionArgs& a, const Plan& p) {
   if (left)
     for (int64_t i = 0; i < groups; i++) left[i] = p.splits;
   std::atomic<int64_t> next{0};
-  const int64_t bytes = a.length * (a.D + a.Dv) * size_of(a.dtype) * a.B * a.Hk * (p.decode ? 1 : a.S) / p.tasks;
+  const int64_t bytes =
+      (p.end - p.first) * (a.D + a.Dv) * size_of(a.dtype) * a.B * a.Hk * (p.decode ? 1 : a.S) / p.tasks;
   parallel_ranges(p.tasks, 1 + kThreadBytes / (bytes + 1), [&](int64_t, int64_t) {
     char* buffer = scratch_buffer.at_least(scratch);
     if (!buffer) return;  // the other threads take over

@@ -53,6 +53,8 @@ struct AttentionKernels {
   int64_t (*state_floats)(const AttentionArgs&, int64_t rows);
   void (*merge)(const AttentionArgs&, const AttentionTask& first, int64_t splits, int64_t stride);
   bool (*rows_in_range)(const int32_t* rows, int64_t count, int64_t limit);
+  // Narrows [first, end) to the tokens that the mask shows to any query, give or take a block.
+  void (*mask_range)(const AttentionArgs&, int64_t& first, int64_t& end);
 };
 
 }  // namespace llmrt

@@ -1,19 +1,16 @@
 // What the decode and the prefill kernel share: which tokens a block holds, the online softmax over a block of scores,
 // and the result of a query row.
 #pragma once
-#include "attention.h"
+#include "attention_mask_kernels.h"
 #include "vec.h"
 
 namespace llmrt {
 namespace {
 
-constexpr int64_t kBlockTokens = 128;  // upper bound of the blocks of both kernels
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kNothing = -__builtin_inff();
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Hands out 64-byte aligned pieces of a buffer; over a null base it only measures.
 struct Pieces {
@@ -65,77 +62,6 @@ inline float exp2_nonpositive(float x) {
   float lane[F32::lanes];
   store(lane, exp2_nonpositive(F32::set1(x)));
   return lane[0];
-}
-
-// One folded query row: the tokens that causality and the window leave it, its mask row and where its result goes.
-struct QueryRow {
-  int64_t first, end, position, batch, token, head;
-  const char* mask;
-  float slope;
-};
-
-inline QueryRow query_row(const AttentionArgs& a, const AttentionTask& t, int64_t row) {
-  QueryRow q;
-  q.batch = t.sample * a.beams + row / (a.S * a.G), q.token = row / a.G % a.S, q.head = t.kv_head * a.G + row % a.G;
-  q.position = a.length - a.S + q.token;
-  q.first = a.window > 0 ? larger(0, q.position - a.window + 1) : 0;
-  q.end = a.causal ? q.position + 1 : a.length;
-  const int64_t element = a.mask_kind == MaskKind::boolean ? 1 : size_of(a.mask_dtype);
-  q.mask = (const char*)a.mask + (q.batch * a.mask_b + q.head * a.mask_h + q.token * a.mask_s) * element;
-  q.slope = a.slopes ? a.slopes[q.head] : 0.f;
-  return q;
-}
-inline const char* query_of(const AttentionArgs& a, const QueryRow& q) {
-  return (const char*)a.query + (q.batch * a.query_b + q.token * a.query_s + q.head * a.query_h) * size_of(a.dtype);
-}
-
-// The tokens that some row of a task may see, as far as causality and the window say.
-inline void visible_range(const AttentionTask& t, const QueryRow& oldest, const QueryRow& newest, int64_t& first,
-                          int64_t& end) {
-  first = larger(t.token0, oldest.first), end = smaller(t.token1, newest.end);
-}
-
-// Marks those of the tokens [t0, t0 + count) that some query token in [s0, s1) of logical row b sees, in some head of
-// the unit; adds to `seen`.
-inline void mark_seen(const AttentionArgs& a, int64_t b, int64_t s0, int64_t s1, int64_t kv_head, int64_t t0,
-                      int64_t count, uint8_t* seen) {
-  const int64_t heads = a.mask_h ? a.G : 1, rows = a.mask_s ? s1 - s0 : 1, position = a.length - a.S - t0;
-  for (int64_t i = 0; i < rows; i++) {
-    const int64_t oldest = position + s0 + i, newest = a.mask_s ? oldest : position + s1 - 1;
-    const int64_t begin = a.window > 0 ? larger(0, oldest - a.window + 1) : 0;
-    const int64_t end = a.causal ? smaller(count, newest + 1) : count;
-    for (int64_t g = 0; g < heads; g++) {
-      const int64_t at = b * a.mask_b + (kv_head * a.G + g) * a.mask_h + (s0 + i) * a.mask_s + t0;
-      if (a.mask_kind == MaskKind::boolean) {
-        const uint8_t* m = (const uint8_t*)a.mask + at;
-        for (int64_t j = begin; j < end; j++) seen[j] |= m[j];
-      } else if (a.mask_dtype == DType::f32) {
-        const uint32_t* m = (const uint32_t*)a.mask + at;
-        for (int64_t j = begin; j < end; j++) seen[j] |= m[j] != 0xff800000u;
-      } else {
-        const uint16_t *m = (const uint16_t*)a.mask + at, hidden = a.mask_dtype == DType::bf16 ? 0xff80 : 0xfc00;
-        for (int64_t j = begin; j < end; j++) seen[j] |= m[j] != hidden;
-      }
-    }
-  }
-}
-// Whether the mask hides none of the tokens from any query of logical row b; only said of padding masks.
-inline bool unmasked(const AttentionArgs& a, int64_t b, int64_t t0, int64_t count) {
-  if (a.mask_kind == MaskKind::none) return true;
-  if (a.mask_kind != MaskKind::boolean || a.mask_s || a.mask_h) return false;
-  const uint8_t* m = (const uint8_t*)a.mask + b * a.mask_b + t0;
-  uint8_t all = 1;
-  for (int64_t j = 0; j < count; j++) all &= m[j];
-  return all;
-}
-inline AttentionArgs without_mask(AttentionArgs a) {
-  a.mask_kind = MaskKind::none;
-  return a;
-}
-inline bool any_seen(const uint8_t* seen, int64_t count) {
-  uint8_t any = 0;
-  for (int64_t j = 0; j < count; j++) any |= seen[j];
-  return any;
 }
 
 // Where the keys and values of a block lie. Tokens that nobody sees and those past the end point at zeros: what the

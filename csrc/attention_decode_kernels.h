@@ -324,9 +324,9 @@ inline void decode_typed(const AttentionArgs& a, const AttentionTask& t, char* b
   }
   const AttentionArgs a_without_mask = without_mask(a);
   int64_t first, end;
-  visible_range(t, scratch.rows[0], scratch.rows[n - 1], first, end);
+  const AttentionArgs& as_far_as_needed = narrow_rows(a, t, scratch.rows, first, end) ? a_without_mask : a;
   for (int64_t t0 = first; t0 < end; t0 += kDecodeTokens)
-    decode_block<Key>(a, a_without_mask, t, scratch, t0, smaller(kDecodeTokens, end - t0));
+    decode_block<Key>(as_far_as_needed, a_without_mask, t, scratch, t0, smaller(kDecodeTokens, end - t0));
   if (!t.state)
     for (int64_t i = 0; i < n; i++) write_row(a, scratch.rows[i], scratch.state, i);
 }

@@ -191,8 +191,10 @@ inline void prefill_tile(const AttentionArgs& a, const PrefillScratch<Dot>& s, i
                          int64_t count, int64_t padded) {
   const QueryRow* row = s.rows + i;
   const int64_t steps = s.query_ld / Dot::pair;
-  const int64_t begin = larger(0, row[0].first - t0) / kTileWidth * kTileWidth;
-  const int64_t end = smaller(count, row[real - 1].end - t0), padded_end = round_up(end, kTileWidth);
+  int64_t first = a.length, last = 0;
+  for (int64_t r = 0; r < real; r++) first = smaller(first, row[r].first), last = larger(last, row[r].end);
+  const int64_t begin = larger(0, first - t0) / kTileWidth * kTileWidth;
+  const int64_t end = smaller(count, last - t0), padded_end = round_up(end, kTileWidth);
   if (begin >= end) return;
   for (int64_t j = begin; j < padded_end; j += kTileWidth)
     multiply_tile<Dot, R>(s.query + i * s.query_ld, s.query_ld, s.keys + j * s.query_ld, steps, nullptr, s.scores + j,
@@ -247,10 +249,10 @@ inline void prefill_typed(const AttentionArgs& a, const AttentionTask& t, char* 
   }
   const AttentionArgs a_without_mask = without_mask(a);
   int64_t first, end;
-  visible_range(t, s.rows[0], s.rows[n - 1], first, end);
+  const AttentionArgs& as_far_as_needed = narrow_rows(a, t, s.rows, first, end) ? a_without_mask : a;
   for (int64_t t0 = first; t0 < end; t0 += kPrefillTokens) {
     const int64_t count = smaller(kPrefillTokens, end - t0);
-    if (unmasked(a, t.sample, t0, count)) {
+    if (unmasked(as_far_as_needed, t.sample, t0, count)) {
       prefill_block<Dot, Element>(a_without_mask, t, s, t0, count, nullptr);
       continue;
     }

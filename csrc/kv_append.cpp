@@ -1,36 +1,27 @@
 // Entry point of kv_append: see ops/kv_append.py for what it means. A copy of rows needs no kernel of its own.
-#include <string.h>
-
-#include "tensor.h"
+#include "kv_append.h"
 
 namespace llmrt {
 namespace {
 
 constexpr int64_t kGrainBytes = 64 << 10;  // per thread, below which a second thread costs more than it saves
 
-// One of key and value: a cache [R, Hk, C, D] and new tokens [B, S, Hk, D], strides in bytes.
-struct Half {
-  char* cache;
-  const char* tokens;
-  int64_t bytes, cache_r, cache_h, cache_t, token_b, token_s, token_h;
-  Half(const Tensor& to, const Tensor& from, int64_t position, const char* cache_name, const char* name) {
-    for (const auto& [t, n] : {std::pair{&to, cache_name}, std::pair{&from, name}})
-      STD_TORCH_CHECK(t->size(3) <= 1 || t->stride(3) == 1, n, " has stride ", t->stride(3),
-                      " in its last dimension; expected 1");
-    const int64_t element = size_of(float_dtype(to, cache_name));
-    bytes = from.size(3) * element;
-    cache_r = to.stride(0) * element, cache_h = to.stride(1) * element, cache_t = to.stride(2) * element;
-    token_b = from.stride(0) * element, token_s = from.stride(1) * element, token_h = from.stride(2) * element;
-    cache = (char*)to.mutable_data_ptr() + position * cache_t, tokens = (const char*)from.const_data_ptr();
+CacheSlots checked_positions(const Tensor& positions, int64_t position, int64_t S, int64_t capacity) {
+  STD_TORCH_CHECK(position == 0, "position is ", position, "; expected 0, as positions says where the tokens go");
+  check_dtype(positions, ScalarType::Long, "positions");
+  check_shape(positions, {S}, "positions");
+  CacheSlots to{0, (const int64_t*)positions.const_data_ptr(), positions.stride(0), true};
+  for (int64_t s = 0; s < S; s++) {
+    STD_TORCH_CHECK(0 <= to(s) && to(s) < capacity, "positions has value ", to(s), "; valid: 0 to ", capacity - 1);
+    if (s && to(s) <= to(s - 1)) to.increasing = false;
   }
-  void copy(int64_t b, int64_t h, int64_t s0, int64_t s1) const {
-    for (int64_t s = s0; s < s1; s++)
-      memcpy(cache + b * cache_r + h * cache_h + s * cache_t, tokens + b * token_b + h * token_h + s * token_s, bytes);
-  }
-};
+  return to;
+}
 
-void check_append(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
-                  int64_t position, int64_t every) {
+}  // namespace
+
+CacheSlots check_append(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
+                        int64_t position, int64_t every, const OptionalTensor& positions) {
   const ScalarType dtype = key_cache.scalar_type();
   float_dtype(key_cache, "key_cache");
   check_dtype(value_cache, dtype, "value_cache");
@@ -41,24 +32,35 @@ void check_append(const Tensor& key_cache, const Tensor& value_cache, const Tens
   check_shape(value_cache, {rows, heads, capacity, -1}, "value_cache");
   check_shape(key, {-1, -1, heads, key_cache.size(3)}, "key");
   check_shape(value, {key.size(0), key.size(1), heads, value_cache.size(3)}, "value");
+  check_last_dense(key_cache, "key_cache");
+  check_last_dense(value_cache, "value_cache");
+  check_last_dense(value, "value");
   STD_TORCH_CHECK(key.size(0) <= rows, "key has ", key.size(0), " rows; key_cache holds ", rows);
   STD_TORCH_CHECK(every >= 1, "every is ", every, "; expected at least 1");
+  if (positions) return checked_positions(*positions, position, key.size(1), capacity);
   STD_TORCH_CHECK(position >= 0 && position + key.size(1) <= capacity, "position ", position, " and ", key.size(1),
                   " tokens do not fit into the cache's capacity of ", capacity, " tokens");
+  return {position, nullptr, 0, true};
 }
 
+namespace {
+
 void kv_append(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
-               int64_t position, int64_t every) {
-  check_append(key_cache, value_cache, key, value, position, every);
+               int64_t position, int64_t every, const OptionalTensor& positions) {
+  const CacheSlots slot = check_append(key_cache, value_cache, key, value, position, every, positions);
+  check_last_dense(key, "key");
   const int64_t S = key.size(1), heads = key.size(2), rows = (key.size(0) + every - 1) / every;
-  const Half keys(key_cache, key, position, "key_cache", "key"),
-      values(value_cache, value, position, "value_cache", "value");
-  parallel_ranges(rows * heads * S, 1 + kGrainBytes / (keys.bytes + values.bytes + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end;) {
-      const int64_t b = i / (heads * S) * every, h = i / S % heads, s = i % S, s1 = end - i < S - s ? s + end - i : S;
-      keys.copy(b, h, s, s1);
-      values.copy(b, h, s, s1);
-      i += s1 - s;
+  const CacheHalf keys(key_cache, key), values(value_cache, value);
+  const int64_t unit = slot.increasing ? 1 : S;  // tokens of one head that one thread must write
+  if (S == 0) return;
+  const int64_t grain = 1 + kGrainBytes / (unit * (keys.bytes + values.bytes) + 1);
+  parallel_ranges(rows * heads * S / unit, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * unit; i < end * unit;) {
+      const int64_t b = i / (heads * S) * every, h = i / S % heads, left = end * unit - i;
+      for (int64_t s = i % S, s1 = left < S - s ? s + left : S; s < s1; s++, i++) {
+        keys.copy(b, h, s, slot(s));
+        values.copy(b, h, s, slot(s));
+      }
     }
   });
 }

@@ -15,15 +15,8 @@ constexpr int64_t kChunkRows = 144;  // their float accumulators, 128 bytes a ro
 constexpr int64_t kAloneBytes =
     32 << 10;  // activations so small that each thread prepares them for itself, without a barrier
 
-Epilogue parse_epilogue(const std::string& text) {
-  static constexpr const char* kNames[] = {"none", "relu", "silu",     "gelu",     "gelu_tanh",
-                                           "add",  "mul",  "silu_mul", "gelu_mul", "gelu_tanh_mul"};
-  for (int i = 0; i < 10; i++)
-    if (text == kNames[i]) return (Epilogue)i;
-  STD_TORCH_CHECK(false, "epilogue is '", text,
-                  "'; valid: none, relu, silu, gelu, gelu_tanh, add, mul, silu_mul, gelu_mul, gelu_tanh_mul");
-  return Epilogue::none;
-}
+constexpr const char* kEpilogues[] = {"none", "relu", "silu",     "gelu",     "gelu_tanh",
+                                      "add",  "mul",  "silu_mul", "gelu_mul", "gelu_tanh_mul"};
 
 Compute parse_compute(const std::string& text) {
   if (text == "int8") return Compute::int8;
@@ -92,7 +85,8 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
                     const std::string& epilogue) {
   const Layout l = parse_layout(layout);
   MultiplyArgs a{};
-  a.epilogue = parse_epilogue(epilogue), a.compute = parse_compute(compute), a.dtype = float_dtype(x, "x");
+  a.epilogue = (Epilogue)one_of(kEpilogues, epilogue, "epilogue"), a.compute = parse_compute(compute),
+  a.dtype = float_dtype(x, "x");
   const bool gated = a.epilogue >= Epilogue::silu_mul;
   const bool two = a.epilogue == Epilogue::add || a.epilogue == Epilogue::mul;
   const Rows rows = rows_of(x, "x");

@@ -3,13 +3,13 @@
 #include <stdint.h>
 
 #include "dtype.h"
+#include "epilogue.h"
 
 namespace llmrt {
 
 constexpr int64_t kTileN = 32, kTileK = 128;
 
 enum class Compute : int { int8, bf16, f32 };
-enum class Epilogue : int { none, relu, silu, gelu, gelu_tanh, add, mul, silu_mul, gelu_mul, gelu_tanh_mul };
 
 struct PackedWeight {
   const uint8_t* data;  // [blocks][tiles][tile_bytes]

@@ -1,6 +1,7 @@
 // Register tiles of the quantized linear: R rows x 32 outputs x one packed tile of 128 inputs, and the loops around
 // them.
 #pragma once
+#include "epilogue_kernels.h"
 #include "linear.h"
 #include "linear_decode.h"
 #include "linear_prepare.h"
@@ -164,24 +165,6 @@ constexpr TileTable kPairs = LLMRT_TILES(tile_floats, true, false);
 constexpr TileTable kPairs = kFloats;  // never called: see kBf16Products
 #endif
 #undef LLMRT_TILES
-
-inline F32 activate(F32 x, Epilogue e) {
-  switch (e) {
-    case Epilogue::relu:
-      return relu(x);
-    case Epilogue::silu:
-    case Epilogue::silu_mul:
-      return silu(x);
-    case Epilogue::gelu:
-    case Epilogue::gelu_mul:
-      return gelu(x);
-    case Epilogue::gelu_tanh:
-    case Epilogue::gelu_tanh_mul:
-      return gelu_tanh(x);
-    default:
-      return x;
-  }
-}
 
 // Bias, activation and residual on C [rows][32], then the output's columns of this block of 32 outputs.
 void finish(const MultiplyArgs& a, int64_t row0, int64_t rows, int64_t block, const float* C) {

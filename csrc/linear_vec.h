@@ -1,4 +1,4 @@
-// Integer vectors and dot products of one ISA tier, for the quantized linear.
+// Integer vectors and dot products of one ISA tier, for linears.
 #pragma once
 #include "vec.h"
 
@@ -24,6 +24,10 @@ inline I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 template <int bits>
 inline I32 shift_right(I32 a) {
   return {_mm512_srli_epi32(a.v, bits)};
+}
+template <int bits>
+inline I32 shift_left(I32 a) {
+  return {_mm512_slli_epi32(a.v, bits)};
 }
 inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I32 round_to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
@@ -74,6 +78,10 @@ inline I32 max(I32 a, I32 b) { return {_mm256_max_epi32(a.v, b.v)}; }
 template <int bits>
 inline I32 shift_right(I32 a) {
   return {_mm256_srli_epi32(a.v, bits)};
+}
+template <int bits>
+inline I32 shift_left(I32 a) {
+  return {_mm256_slli_epi32(a.v, bits)};
 }
 inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline I32 round_to_int(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }

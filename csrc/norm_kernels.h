@@ -38,19 +38,33 @@ inline Sums fold_row(const NormRow<T>& row, int64_t K, Sums zero, Function f) {
   });
 }
 
+// out = x / rms(x) * (weight + offset), given the lanes' sums of squares; out may be x.
+template <class T>
+inline void scale_row(const T* x, F32 squares, const void* weight, DType weight_dtype, int64_t K, float eps,
+                      float offset, T* out) {
+  const F32 inverse = F32::set1(1.f / __builtin_sqrtf(sum(squares) / (float)K + eps)), shift = F32::set1(offset);
+  with_type(weight, weight_dtype, [&](auto w) {
+    for_each_vector(K,
+                    [&](int64_t i, auto n) { store(out + i, load(x + i, n) * inverse * (load(w + i, n) + shift), n); });
+  });
+}
+
+inline F32 add_square(F32 v, F32 s) { return fma(v, v, s); }
+
+// One row as rms_rows has it.
+template <class T>
+inline void rms_row(const T* x, const void* weight, DType weight_dtype, int64_t K, float eps, float offset, T* out) {
+  const F32 squares =
+      fold_vectors(K, F32::zero(), [&](int64_t i, auto n, F32 s) { return add_square(load(x + i, n), s); });
+  scale_row(x, squares, weight, weight_dtype, K, eps, offset, out);
+}
+
 template <class T>
 void rms_rows(const NormArgs& a, int64_t row0, int64_t row1) {
-  const F32 offset = F32::set1(a.offset);
   for (int64_t m = row0; m < row1; m++) {
     const NormRow<T> row(a, m);
-    const F32 squares = fold_row(row, a.K, F32::zero(), [](F32 v, auto, F32 s) { return fma(v, v, s); });
-    const F32 inverse = F32::set1(1.f / __builtin_sqrtf(sum(squares) / (float)a.K + a.eps));
-    const T* x = row.normalized();
-    with_type(a.weight, a.weight_dtype, [&](auto weight) {
-      for_each_vector(a.K, [&](int64_t i, auto n) {
-        store(row.out + i, load(x + i, n) * inverse * (load(weight + i, n) + offset), n);
-      });
-    });
+    const F32 squares = fold_row(row, a.K, F32::zero(), [](F32 v, auto, F32 s) { return add_square(v, s); });
+    scale_row(row.normalized(), squares, a.weight, a.weight_dtype, a.K, a.eps, a.offset, row.out);
   }
 }
 

@@ -1,18 +1,10 @@
 // Entry point of rope: see ops/rope.py for what it means.
 #include "rope.h"
 
-#include "tensor.h"
+#include "rope_call.h"
 
 namespace llmrt {
 namespace {
-
-constexpr int64_t kGrain = 16384;  // elements per thread below which a second thread costs more than it saves
-
-// The tensor itself where the elements of its last dimension are contiguous, else a copy.
-Tensor dense_rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
-}
 
 int64_t rotated_elements(int64_t rotary_dim, int64_t D) {
   const int64_t R = rotary_dim == 0 ? D : rotary_dim;
@@ -67,13 +59,23 @@ void check_tables(const Tensor& cos, const Tensor& sin, const OptionalTensor& po
   check_same_shape(sin, cos, "sin");
 }
 
-RopeHeads heads_of(const Tensor& in, const Tensor& out) {
-  return {in.const_data_ptr(), out.mutable_data_ptr(), in.size(2), in.stride(0), in.stride(1), in.stride(2)};
+void set_heads(RopeHeads& heads, const Tensor& in, const OptionalTensor& weight) {
+  heads.in = in.const_data_ptr(), heads.heads = in.size(2);
+  heads.stride_b = in.stride(0), heads.stride_s = in.stride(1), heads.stride_h = in.stride(2);
+  if (weight) heads.weight = weight->const_data_ptr(), heads.weight_dtype = float_dtype(*weight, "weight");
 }
 
-std::tuple<Tensor, Tensor> rope(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
-                                const OptionalTensor& position_ids, int64_t rotary_dim, bool interleaved) {
-  const int dtype = (int)float_dtype(query, "query");
+void check_weight(OptionalTensor& weight, int64_t D, const char* name) {
+  if (!weight) return;
+  float_dtype(*weight, name);
+  check_shape(*weight, {D}, name);
+  weight = dense(*weight);
+}
+
+}  // namespace
+
+RopeArgs RopeCall::arguments() {
+  float_dtype(query, "query");
   check_dtype(key, query.scalar_type(), "key");
   float_dtype(cos, "cos");
   check_dtype(sin, cos.scalar_type(), "sin");
@@ -82,16 +84,34 @@ std::tuple<Tensor, Tensor> rope(const Tensor& query, const Tensor& key, const Te
   check_shape(key, {B, S, -1, D}, "key");
   const int64_t R = rotated_elements(rotary_dim, D);
   check_tables(cos, sin, position_ids, B, S, R);
+  STD_TORCH_CHECK(!query_weight == !key_weight, query_weight ? "key_weight" : "query_weight",
+                  " is missing; valid: query_weight and key_weight, or none of them");
+  check_weight(query_weight, D, "query_weight");
+  check_weight(key_weight, D, "key_weight");
 
-  const Tensor q = dense_rows(query), k = dense_rows(key), c = dense_rows(cos), s = dense_rows(sin);
-  Tensor query_out = empty(query, query.sizes()), key_out = empty(key, key.sizes());
+  query = last_dense(query), key = last_dense(key), cos = last_dense(cos), sin = last_dense(sin);
   RopeArgs a{};
-  a.query = heads_of(q, query_out), a.key = heads_of(k, key_out);
-  a.S = S, a.D = D, a.half = R / 2;
-  set_tables(a, c, s, position_ids);
-  const auto kernel = (interleaved ? tier().rope.interleaved : tier().rope.halves)[dtype];
-  const int64_t per_token = (a.query.heads + a.key.heads) * D;
-  parallel_ranges(B * S, 1 + kGrain / (per_token + 1), [&](int64_t t0, int64_t t1) { kernel(a, t0, t1); });
+  set_heads(a.query, query, query_weight);
+  set_heads(a.key, key, key_weight);
+  a.key_slots.every = 1;
+  a.S = S, a.D = D, a.half = R / 2, a.eps = (float)eps, a.offset = (float)offset;
+  set_tables(a, cos, sin, position_ids);
+  return a;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> rope(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
+                                const OptionalTensor& position_ids, int64_t rotary_dim, bool interleaved,
+                                const OptionalTensor& query_weight, const OptionalTensor& key_weight, double eps,
+                                double offset) {
+  RopeCall call{query, key, cos, sin, position_ids, rotary_dim, interleaved, query_weight, key_weight, eps, offset};
+  RopeArgs a = call.arguments();
+  Tensor query_out = empty(query, query.sizes()), key_out = empty(key, key.sizes());
+  set_output(a.query, query_out, 1, 0);
+  set_output(a.key, key_out, 1, 0);
+  const auto kernel = call.kernel();
+  parallel_ranges(query.size(0) * a.S, call.grain(), [&](int64_t t0, int64_t t1) { kernel(a, t0, t1); });
   return {query_out, key_out};
 }
 

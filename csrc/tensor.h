@@ -100,6 +100,13 @@ inline void check_same_shape(const Tensor& t, const Tensor& as, const char* name
   STD_TORCH_CHECK(same, name, " has shape ", shape_text(t), "; expected ", shape_text(as));
 }
 
+// Whether the elements of the last dimension are contiguous, which is all that most kernels ask of strides.
+inline bool is_last_dense(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; }
+inline Tensor last_dense(const Tensor& t) { return is_last_dense(t) ? t : torch::stable::contiguous(t); }
+inline void check_last_dense(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(is_last_dense(t), name, " has stride ", t.stride(t.dim() - 1), " in its last dimension; expected 1");
+}
+
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // A contiguous CPU tensor in the dtype of `like`. Not by torch::stable::new_empty: its detour through the dispatcher
@@ -116,6 +123,17 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+// The index of `text` among the names that an argument may have.
+template <size_t count>
+int one_of(const char* const (&names)[count], const std::string& text, const char* name) {
+  for (size_t i = 0; i < count; i++)
+    if (text == names[i]) return (int)i;
+  std::string valid;
+  for (const char* n : names) valid += (valid.empty() ? "" : ", ") + std::string(n);
+  STD_TORCH_CHECK(false, name, " is '", text, "'; valid: ", valid);
+  return -1;
 }
 
 // [.., K] seen as M rows of K elements with one row stride, without a copy where the strides allow it.

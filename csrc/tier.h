@@ -1,6 +1,7 @@
 // One table of kernels per ISA tier; the entry points call through `tier()`. See tiers/*.cpp for who fills it.
 #pragma once
 #include "attention.h"
+#include "dense.h"
 #include "gated.h"
 #include "linear.h"
 #include "norm.h"
@@ -12,6 +13,7 @@ namespace llmrt {
 struct Tier {
   const char* name;
   LinearKernels linear;
+  DenseKernels dense;
   NormKernels norm;
   RopeKernels rope;
   GatedKernels gated;

@@ -1,6 +1,7 @@
 """The meaning of every operator: schema, fake kernel, reference and sample inputs, in plain torch."""
 
 from .attention import attention
+from .dense import dense_linear, gated_linear, parallel_linear
 from .formats import FORMATS, Layout, dequantize, interleave_gate_up, quantize
 from .gated import gelu_mul, silu_mul
 from .kv_append import kv_append
@@ -8,6 +9,7 @@ from .linear import pack_weight, quant_linear, unpack_weight
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .operator import OPERATORS, Operator
 from .rope import rope
+from .rope_append import rope_append
 
 __all__ = [
     "FORMATS",
@@ -17,16 +19,20 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "dense_linear",
     "dequantize",
+    "gated_linear",
     "gelu_mul",
     "interleave_gate_up",
     "kv_append",
     "layer_norm",
     "pack_weight",
+    "parallel_linear",
     "quant_linear",
     "quantize",
     "rms_norm",
     "rope",
+    "rope_append",
     "silu_mul",
     "unpack_weight",
 ]

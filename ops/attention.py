@@ -21,20 +21,20 @@ def check_last_dense(x: Tensor, name: str) -> None:
 
 
 def check_mask(mask: Tensor, batch: int, heads: int, tokens: int, length: int) -> None:
-    """Raise RuntimeError unless `mask` is [B, >= length] bool or [B|1, 1|H, S, >= length] bool or floating."""
+    """Raise RuntimeError unless `mask` is [B, >= length] bool or [B|1, 1|H, 1|S, >= length] bool or floating."""
     boolean = mask.dtype == torch.bool
     fits = mask.shape[-1] >= length if mask.dim() else False
     if mask.dim() == 2:
         fits = fits and boolean and mask.shape[0] == batch
     else:
         fits = fits and mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
-        fits = fits and mask.shape[2] == tokens
+        fits = fits and mask.shape[2] in (1, tokens)
         if not boolean:
             check_floating(mask, "mask")
     check(
         fits,
         f"mask has shape {list(mask.shape)} and dtype {str(mask.dtype)[6:]}; expected bool [{batch}, >= {length}], or "
-        f"bool or floating [{batch} or 1, {heads} or 1, {tokens}, >= {length}]",
+        f"bool or floating [{batch} or 1, {heads} or 1, {tokens} or 1, >= {length}]",
     )
 
 
@@ -134,8 +134,9 @@ def attention(
         causal: hide tokens t > p. Needs S <= length.
         window: if above 0, hide tokens t <= p - window.
         softcap: if above 0, the bound of the scores.
-        mask: None; bool [B, >= length], True = attend (padding); or [B or 1, H or 1, S, >= length], bool (True =
-            attend) or floating (added to the scores).
+        mask: None; bool [B, >= length], True = attend (padding); or [B or 1, H or 1, S or 1, >= length], bool (True =
+            attend) or floating (added to the scores, any floating dtype), any strides, best with the last dimension
+            contiguous. What a mask hides from all queries at either end of the cache costs next to nothing.
         slopes: [H] float32, the ALiBi slope of each head.
         sinks: [H] floating, the logit of each head's sink: it takes part in the softmax and has no value.
         rows: int32 [B, >= length], indirect access: the row of key and value that holds token t of logical row b.
@@ -258,7 +259,7 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("not causal", 1, 7, 3, 3, 40, 4, causal=False)
     yield sample("no query token", 2, 0, 4, 2, 16, 5)
     yield sample("no cached token", 2, 3, 4, 2, 16, 0, causal=False)
-    for width, value_width in ((96, 96), (120, 64), (33, 17), (7, 131), (256, 256), (1, 1), (2, 40)):
+    for width, value_width in ((96, 96), (120, 64), (33, 17), (7, 131), (256, 256), (1, 1), (2, 40), (192, 128)):
         yield sample(f"decode D {width} Dv {value_width}", 1, 1, 4, 2, width, 67, value_width=value_width)
         yield sample(f"prefill D {width} Dv {value_width}", 1, 37, 4, 2, width, 41, value_width=value_width)
     for heads, kv_heads in ((1, 1), (3, 1), (5, 1), (7, 1), (10, 2), (18, 1)):
@@ -284,6 +285,25 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
         yield sample(f"scattered rows, {tokens} tokens", *sizes, cache_rows=5, rows=rows)
         everything: dict[str, Any] = {"window": 60, "softcap": 3.0, "slopes": torch.rand(4), "sinks": torch.randn(4)}
         yield sample(f"everything, {tokens} tokens", *sizes, mask=_left_padding(2, 150), rows=rows % 2, **everything)
+        sizes = (2, tokens, 4, 2, 24, 420)
+        static = torch.zeros(2, 1, tokens, 430, dtype=torch.bool)
+        for b, newest in enumerate((133, 250)):  # of a buffer of which a part is filled, the second row padded
+            static[b, :, :, 60 * b : newest - tokens] = True
+            static[b, :, :, newest - tokens : newest] = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        yield sample(f"part of a buffer, {tokens} tokens", *sizes, mask=static, causal=False)
+        holes = static & (torch.rand(tokens, 430) < 0.8)
+        yield sample(f"part of a buffer with holes, {tokens} tokens", *sizes, mask=holes, causal=False)
+        minus_infinity = torch.zeros(static.shape).masked_fill(~static, -math.inf)
+        yield sample(f"float32 part of a buffer, {tokens} tokens", *sizes, mask=minus_infinity, causal=False)
+        heads_differ = static & (torch.arange(430) > torch.tensor([0, 100, 120, 255])[:, None, None])
+        yield sample(f"parts that differ by head, {tokens} tokens", *sizes, mask=heads_differ, causal=False)
+        sizes = (2, tokens, 4, 2, 24, 150)
+        yield sample(f"bias for all queries, {tokens} tokens", *sizes, mask=torch.randn(1, 4, 1, 151))
+        yield sample(f"bool mask for all queries, {tokens} tokens", *sizes, mask=torch.rand(2, 4, 1, 150) < 0.5)
+        expanded = (torch.rand(2, 1, 1, 150) < 0.5).expand(2, 4, tokens, 150)
+        yield sample(f"expanded mask, {tokens} tokens", *sizes, mask=expanded)
+        bias = torch.randn(2, 1, 1, 1, dtype=torch.float16).expand(2, 4, tokens, 150)
+        yield sample(f"expanded float16 bias, {tokens} tokens", *sizes, mask=bias)
     for beams in (2, 3, 5):
         rows = (torch.arange(2 * beams) // beams * beams).int()[:, None].repeat(1, 200)
         rows[:, 130:] += torch.randint(0, beams, (2 * beams, 70), dtype=torch.int32)

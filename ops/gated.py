@@ -13,12 +13,20 @@ from .norm import wide
 from .operator import Sample, operator
 
 
-def _gated(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def _check(gate: Tensor, up: Tensor) -> None:
     check_floating(gate, "gate")
     check(gate.dim() >= 1, "gate is a scalar; expected at least one dimension")
     check_dtype(up, gate.dtype, "up")
     check_shape(up, gate.shape, "up")
-    return (activation(wide(gate)) * wide(up)).to(gate.dtype)
+
+
+def _check_approximate(approximate: str) -> None:
+    check(approximate in ("none", "tanh"), f"approximate is '{approximate}'; valid: none, tanh")
+
+
+def _gated(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    _check(gate, up)
+    return (activation(wide(gate)) * wide(up)).to(gate.dtype).contiguous()
 
 
 @operator()
@@ -40,6 +48,12 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return _gated(gate, up, functional.silu)
 
 
+@silu_mul.fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    _check(gate, up)
+    return gate.new_empty(gate.shape)
+
+
 @operator()
 def gelu_mul(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """GEGLU's product: ``y = gelu(gate) * up``, rounded once at the end.
@@ -59,8 +73,15 @@ def gelu_mul(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     Raises:
         RuntimeError: up differs from gate in shape or dtype, the dtype is not floating, or approximate is unknown.
     """
-    check(approximate in ("none", "tanh"), f"approximate is '{approximate}'; valid: none, tanh")
+    _check_approximate(approximate)
     return _gated(gate, up, lambda x: functional.gelu(x, approximate=approximate))
+
+
+@gelu_mul.fake
+def _(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    _check_approximate(approximate)
+    _check(gate, up)
+    return gate.new_empty(gate.shape)
 
 
 def _pairs(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:

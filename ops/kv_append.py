@@ -12,7 +12,15 @@ from .check import check, check_dtype, check_floating, check_shape
 from .operator import Sample, operator
 
 
-def check_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, position: int, every: int) -> None:
+def check_append(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: int,
+    every: int,
+    positions: Tensor | None,
+) -> None:
     """Raise RuntimeError unless the arguments of kv_append fit together."""
     check_floating(key_cache, "key_cache")
     for x, name in ((value_cache, "value_cache"), (key, "key"), (value, "value")):
@@ -26,17 +34,47 @@ def check_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Ten
         check_last_dense(x, name)
     check(key.shape[0] <= rows, f"key has {key.shape[0]} rows; key_cache holds {rows}")
     check(every >= 1, f"every is {every}; expected at least 1")
-    check(
-        position >= 0 and position + key.shape[1] <= capacity,
-        f"position {position} and {key.shape[1]} tokens do not fit into the cache's capacity of {capacity} tokens",
-    )
+    if positions is None:
+        check(
+            position >= 0 and position + key.shape[1] <= capacity,
+            f"position {position} and {key.shape[1]} tokens do not fit into the cache's capacity of {capacity} tokens",
+        )
+        return
+    check(position == 0, f"position is {position}; expected 0, as positions says where the tokens go")
+    check_dtype(positions, torch.int64, "positions")
+    check_shape(positions, (key.shape[1],), "positions")
+    if positions.numel():
+        for entry in (int(positions.min()), int(positions.max())):
+            check(0 <= entry < capacity, f"positions has value {entry}; valid: 0 to {capacity - 1}")
+
+
+def check_append_kinds(
+    key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor | None
+) -> None:
+    """Raise RuntimeError where dtypes or numbers of dimensions cannot fit: what a fake kernel can say of any sizes."""
+    check_floating(key_cache, "key_cache")
+    for x, name in ((key_cache, "key_cache"), (value_cache, "value_cache"), (key, "key"), (value, "value")):
+        check_dtype(x, key_cache.dtype, name)
+        check_shape(x, (-1, -1, -1, -1), name)
+    if positions is not None:
+        check_dtype(positions, torch.int64, "positions")
+        check_shape(positions, (-1,), "positions")
 
 
 @operator(mutates=("key_cache", "value_cache"))
 def kv_append(
-    key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, position: int, every: int = 1
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: int,
+    every: int = 1,
+    positions: Tensor | None = None,
 ) -> None:
     """Write S tokens per row to a cache: ``cache[b, :, position + s] = new[b, s]`` for every row b with b % every == 0.
+
+    With `positions` token s goes to positions[s] instead, as by ``cache.index_copy_(2, positions, new.transpose(1, 2))``:
+    a graph that is captured once then writes where its input says. Of tokens with the same position the last one stays.
 
     With `every` = number of beams the prompt of a beam search is stored once per sample, in the sample's first row.
 
@@ -45,32 +83,48 @@ def kv_append(
         value_cache: [R, Hk, C, Dv], the dtype of key_cache; the last dimension contiguous. Written to.
         key: [B, S, Hk, D], the dtype of key_cache; the last dimension contiguous, other strides free.
         value: [B, S, Hk, Dv], likewise.
-        position: index of the first token written, 0 to C - S.
+        position: index of the first token written, 0 to C - S; 0 where positions is given.
         every: distance between the rows that are written, 1 = all.
+        positions: int64 [S], the index of each token, 0 to C - 1; None: position + s.
 
     Raises:
-        RuntimeError: shapes or dtypes do not fit together, the tokens do not fit into the cache, or every is below 1.
+        RuntimeError: shapes or dtypes do not fit together, the tokens do not fit into the cache, or every is below 1;
+            nothing is written then.
     """
-    check_append(key_cache, value_cache, key, value, position, every)
-    rows, tokens = slice(0, key.shape[0], every), slice(position, position + key.shape[1])
-    key_cache[rows, :, tokens] = key[::every].transpose(1, 2)
-    value_cache[rows, :, tokens] = value[::every].transpose(1, 2)
+    check_append(key_cache, value_cache, key, value, position, every, positions)
+    token = torch.arange(key.shape[1], device=key.device)
+    if positions is None:
+        positions = position + token
+    # each token brings the last one of its position: the order in which index_copy_ writes is not defined
+    last = torch.zeros(key_cache.shape[2], dtype=torch.int64, device=key.device)
+    last = last.scatter_reduce(0, positions, token, "amax")[positions]
+    for cache, new in ((key_cache, key), (value_cache, value)):
+        cache[: key.shape[0] : every].index_copy_(2, positions, new[::every, last].transpose(1, 2))
 
 
 @kv_append.fake
-def _(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, position: int, every: int = 1) -> None:
-    check_floating(key_cache, "key_cache")
-    for x, name in ((value_cache, "value_cache"), (key, "key"), (value, "value")):
-        check_dtype(x, key_cache.dtype, name)
-        check_shape(x, (-1, -1, -1, -1), name)
+def _(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: int,
+    every: int = 1,
+    positions: Tensor | None = None,
+) -> None:
+    check_append_kinds(key_cache, value_cache, key, value, positions)
+
+
+def empty_caches(*shape: int, width: int, value_width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a key and a value cache [R, Hk, C, width or value_width] full of NaN."""
+    nan = float("nan")
+    return torch.full((*shape, width), nan, dtype=dtype), torch.full((*shape, value_width), nan, dtype=dtype)
 
 
 @kv_append.samples
 def _(dtype: torch.dtype) -> Iterator[Sample]:
     def caches(rows: int, heads: int, capacity: int, width: int, value_width: int) -> tuple[Tensor, Tensor]:
-        nan = float("nan")
-        shape = (rows, heads, capacity)
-        return torch.full((*shape, width), nan, dtype=dtype), torch.full((*shape, value_width), nan, dtype=dtype)
+        return empty_caches(rows, heads, capacity, width=width, value_width=value_width, dtype=dtype)
 
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype)
@@ -88,3 +142,19 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
     wide_caches = tuple(c.transpose(1, 2)[:, 1:, :, :6] for c in caches(2, 8, 3, 7, 9))
     yield Sample("strided caches", (*wide_caches, new(2, 3, 2, 6), new(2, 3, 2, 6), 0))
     yield Sample("long prompt", (*caches(1, 4, 300, 64, 64), new(1, 290, 4, 64), new(1, 290, 4, 64), 7))
+    for name, positions, every in (
+        ("in order", torch.tensor([0, 1, 4, 6]), 1),
+        ("out of order", torch.tensor([5, 0, 6, 2]), 1),
+        ("repeated", torch.tensor([3, 1, 3, 3]), 1),
+        ("strided", torch.arange(7)[::2], 1),
+        ("every 2", torch.tensor([2, 3, 4, 5]), 2),
+    ):
+        new_tokens = (new(3, 4, 2, 6), new(3, 4, 2, 9)[..., :5])
+        yield Sample(f"positions {name}", (*caches(4, 2, 7, 6, 5), *new_tokens, 0, every, positions))
+    yield Sample(
+        "one position", (*caches(1, 2, 70, 64, 64), new(1, 1, 2, 64), new(1, 1, 2, 64), 0, 1, torch.tensor([69]))
+    )
+    repeated = torch.arange(300) // 3
+    yield Sample("many repeated", (*caches(1, 4, 100, 64, 64), new(1, 300, 4, 64), new(1, 300, 4, 64), 0, 1, repeated))
+    no_token = torch.empty(0, dtype=torch.int64)
+    yield Sample("no positions", (*caches(1, 2, 3, 4, 4), new(1, 0, 2, 4), new(1, 0, 2, 4), 0, 1, no_token))

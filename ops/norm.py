@@ -27,27 +27,28 @@ def _check_parameter(parameter: Tensor | None, x: Tensor, name: str) -> None:
         check_shape(parameter, (x.shape[-1],), name)
 
 
-def _add(x: Tensor, residual: Tensor) -> Tensor:
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
     _check_rows(x)
-    check_dtype(residual, x.dtype, "residual")
-    check_shape(residual, x.shape, "residual")
-    return (wide(x) + wide(residual)).to(x.dtype)
-
-
-def _rms(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    _check_rows(x)
-    _check_parameter(weight, x, "weight")
-    v = wide(x)
-    y = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * (wide(weight) + offset)
-    return y.to(x.dtype)
-
-
-def _layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    _check_rows(x)
+    if residual is not None:
+        check_dtype(residual, x.dtype, "residual")
+        check_shape(residual, x.shape, "residual")
     _check_parameter(weight, x, "weight")
     _check_parameter(bias, x, "bias")
     if weight is not None and bias is not None:
         check_dtype(bias, weight.dtype, "bias")
+
+
+def _add(x: Tensor, residual: Tensor) -> Tensor:
+    return (wide(x) + wide(residual)).to(x.dtype).contiguous()
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    v = wide(x)
+    y = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * (wide(weight) + offset)
+    return y.to(x.dtype).contiguous()
+
+
+def _layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     v = wide(x)
     v = v - v.mean(-1, keepdim=True)
     y = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
@@ -55,7 +56,7 @@ def _layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
         y = y * wide(weight)
     if bias is not None:
         y = y + wide(bias)
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous()
 
 
 @operator()
@@ -71,12 +72,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         offset: added to the weight; 1.0 for the (1 + w) form.
 
     Returns:
-        [..., K] in the dtype of x.
+        [..., K] contiguous, in the dtype of x.
 
     Raises:
         RuntimeError: weight is not [K], or a dtype is not floating.
     """
+    _check(x, None, weight, None)
     return _rms(x, weight, eps, offset)
+
+
+@rms_norm.fake
+def _(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    _check(x, None, weight, None)
+    return x.new_empty(x.shape)
 
 
 @operator()
@@ -94,13 +102,20 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
         offset: added to the weight; 1.0 for the (1 + w) form.
 
     Returns:
-        (y, s), both [..., K] in the dtype of x.
+        (y, s), both [..., K] contiguous, in the dtype of x.
 
     Raises:
         RuntimeError: residual differs from x in shape or dtype, weight is not [K], or a dtype is not floating.
     """
+    _check(x, residual, weight, None)
     total = _add(x, residual)
     return _rms(total, weight, eps, offset), total
+
+
+@add_rms_norm.fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    _check(x, residual, weight, None)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @operator()
@@ -117,12 +132,19 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         eps: added to the variance.
 
     Returns:
-        [..., K] in the dtype of x.
+        [..., K] contiguous, in the dtype of x.
 
     Raises:
         RuntimeError: weight or bias is not [K], their dtypes differ, or a dtype is not floating.
     """
+    _check(x, None, weight, bias)
     return _layer(x, weight, bias, eps)
+
+
+@layer_norm.fake
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    _check(x, None, weight, bias)
+    return x.new_empty(x.shape)
 
 
 @operator()
@@ -139,14 +161,21 @@ def add_layer_norm(
         eps: added to the variance.
 
     Returns:
-        (y, s), both [..., K] in the dtype of x; s is rounded once and y is the norm of the rounded sum.
+        (y, s), both [..., K] contiguous, in the dtype of x; s is rounded once and y is the norm of the rounded sum.
 
     Raises:
         RuntimeError: residual differs from x in shape or dtype, weight or bias is not [K], their dtypes differ, or a
             dtype is not floating.
     """
+    _check(x, residual, weight, bias)
     total = _add(x, residual)
     return _layer(total, weight, bias, eps), total
+
+
+@add_layer_norm.fake
+def _(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    _check(x, residual, weight, bias)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 SHAPES = ((1, 1, 64), (2, 3, 67), (5, 1), (33, 300), (40, 1000), (0, 8), (3, 0), (7,))

@@ -32,9 +32,11 @@ class Sample:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Sample:
-        """Return the sample with `function` applied to every tensor."""
+        """Return the sample with `function` applied to every tensor, those in lists included."""
 
         def one(value: Any) -> Any:
+            if isinstance(value, list):
+                return [one(v) for v in value]
             return function(value) if isinstance(value, torch.Tensor) else value
 
         return Sample(self.name, tuple(one(a) for a in self.args), {k: one(v) for k, v in self.kwargs.items()})

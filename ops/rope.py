@@ -7,13 +7,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .check import check, check_dtype, check_floating, check_shape
-from .norm import wide
+from .check import check, check_broadcast, check_dtype, check_floating, check_shape, differ
+from .norm import rms_norm, wide
 from .operator import Sample, operator
 
 
-def _check_shapes(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, rotary_dim: int
+def check_rope(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    rotary_dim: int,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
 ) -> int:
     """Check all that can be checked without reading values; return the number of rotated elements R."""
     check_floating(query, "query")
@@ -27,16 +34,22 @@ def _check_shapes(
     check(0 < R <= D and R % 2 == 0, f"rotary_dim is {R}; valid: even, 2 to {D} (0 means all {D})")
     if position_ids is None:
         check_shape(cos, (-1, S, -1), "cos")
-        check(cos.shape[0] in (1, B), f"cos has {cos.shape[0]} rows; valid: 1 or {B}, as query")
+        check_broadcast(cos, B, "cos")
     else:
         check_dtype(position_ids, torch.int64, "position_ids")
         check_shape(position_ids, (-1, S), "position_ids")
-        check(
-            position_ids.shape[0] in (1, B), f"position_ids has {position_ids.shape[0]} rows; valid: 1 or {B}, as query"
-        )
+        check_broadcast(position_ids, B, "position_ids")
         check_shape(cos, (-1, -1), "cos")
-    check(cos.shape[-1] in (R, R // 2), f"cos has {cos.shape[-1]} columns; valid: {R // 2} or {R}")
+    columns = cos.shape[-1]
+    check(not (differ(columns, R // 2) and differ(columns, R)), f"cos has {columns} columns; valid: {R // 2} or {R}")
     check_shape(sin, cos.shape, "sin")
+    both = (query_weight is None) == (key_weight is None)
+    missing = "query_weight" if query_weight is None else "key_weight"
+    check(both, f"{missing} is missing; valid: query_weight and key_weight, or none of them")
+    for weight, name in ((query_weight, "query_weight"), (key_weight, "key_weight")):
+        if weight is not None:
+            check_floating(weight, name)
+            check_shape(weight, (D,), name)
     return R
 
 
@@ -50,7 +63,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         first, second = v[..., :half], v[..., half : 2 * half]
     parts = (first * cos - second * sin, second * cos + first * sin)
     rotated = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
-    return torch.cat((rotated.to(x.dtype), x[..., 2 * half :]), -1)
+    return torch.cat((rotated.to(x.dtype), x[..., 2 * half :]), -1).contiguous()
 
 
 @operator()
@@ -62,12 +75,20 @@ def rope(
     position_ids: Tensor | None = None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    query_weight: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of the first R elements of each head: with (a, b) a pair and t its angle,
     ``a' = a * cos(t) - b * sin(t)``, ``b' = b * cos(t) + a * sin(t)``, rounded once at the end; the others are copied.
 
     Pair i of R / 2 is (i, i + R / 2), or with interleaved (2 * i, 2 * i + 1). Source: Su et al. 2021, "RoFormer",
     equation 34 (interleaved); the halves are GPT-NeoX's order.
+
+    With weights each head of query and key is first normalized over its D elements by `rms_norm`. The norm is rounded to
+    the dtype of query before the rotation: the result equals that of the two steps apart. Source: Qwen3 technical
+    report, section 2; Henry et al. 2020, "Query-Key Normalization for Transformers".
 
     Args:
         query: [B, S, H, D] float32, bfloat16 or float16, any strides.
@@ -78,19 +99,26 @@ def rope(
         position_ids: int64 [B|1, S], rows of the table.
         rotary_dim: R, even; 0 means D.
         interleaved: which elements make a pair.
+        query_weight: [D], a floating dtype of its own: the weight of the norm of query; None for no norms.
+        key_weight: [D], likewise of key; both weights or none.
+        eps: of the norms, added to the mean square.
+        offset: of the norms, added to the weights; 1.0 for the (1 + w) form.
 
     Returns:
         (query, key) rotated, contiguous [B, S, H, D] and [B, S, Hk, D] in the dtype of query.
 
     Raises:
-        RuntimeError: a shape or dtype does not fit, or a position is negative or not below P.
+        RuntimeError: a shape or dtype does not fit, one weight is missing, or a position is negative or not below P.
     """
-    R = _check_shapes(query, key, cos, sin, position_ids, rotary_dim)
+    R = check_rope(query, key, cos, sin, position_ids, rotary_dim, query_weight, key_weight)
     if position_ids is not None:
         if position_ids.numel():
             for value in (int(position_ids.min()), int(position_ids.max())):
                 check(0 <= value < len(cos), f"position_ids has value {value}; valid: 0 to {len(cos) - 1}")
         cos, sin = cos[position_ids], sin[position_ids]
+    if query_weight is not None and key_weight is not None:
+        query = rms_norm.reference(query, query_weight, eps, offset)
+        key = rms_norm.reference(key, key_weight, eps, offset)
     cos, sin = cos[..., : R // 2], sin[..., : R // 2]
     return _rotate(query, cos, sin, interleaved), _rotate(key, cos, sin, interleaved)
 
@@ -104,12 +132,16 @@ def _(
     position_ids: Tensor | None = None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    query_weight: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    _check_shapes(query, key, cos, sin, position_ids, rotary_dim)
+    check_rope(query, key, cos, sin, position_ids, rotary_dim, query_weight, key_weight)
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-def _tables(rows: tuple[int, ...], columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def tables(rows: tuple[int, ...], columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the cosine and sine of random angles."""
     angle = 10 * torch.randn(*rows, columns)
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -118,6 +150,20 @@ def _tables(rows: tuple[int, ...], columns: int, dtype: torch.dtype) -> tuple[Te
 def _same_halves(table: Tensor) -> Tensor:
     """Return the table as Hugging Face passes it: the frequencies twice."""
     return torch.cat((table, table), -1)
+
+
+def exact_heads(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return random heads of mean square 4: with eps 0 or 12 their norm is exact in every dtype, rounding included."""
+    D = shape[-1]
+    block = torch.tensor([3.0, 3.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0])  # squares sum to 32
+    blocks = block[torch.rand(*shape[:-1], D // 8, 8).argsort(-1)].flatten(-2)
+    x = torch.cat((blocks, torch.full((*shape[:-1], D % 8), 2.0)), -1)
+    return (x * torch.randint(0, 2, shape).mul(2).sub(1)).to(dtype)
+
+
+def head_weight(D: int) -> Tensor:
+    """Return a random weight of a norm whose products with `exact_heads` are exact in every dtype."""
+    return torch.randint(-15, 16, (D,)) / 8
 
 
 # (B, S, H, Hk, D, rotary_dim): decode, grouped heads, odd tails, pairs below and above one vector, empty.
@@ -143,15 +189,28 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
         position_ids = torch.randint(0, 50, (B, S))
         for interleaved in (False, True):
             name = f"{[B, S, H, Hk, D]} rotary {rotary_dim}{' interleaved' if interleaved else ''}"
-            cos, sin = _tables((B, S), half, dtype)
+            cos, sin = tables((B, S), half, dtype)
             yield Sample(f"{name}", (query, key, cos, sin, None, rotary_dim, interleaved))
-            cos, sin = _tables((50,), half, torch.float32)
+            cos, sin = tables((50,), half, torch.float32)
             yield Sample(f"{name} table", (query, key, cos, sin, position_ids, rotary_dim, interleaved))
-            cos, sin = (_same_halves(t) for t in _tables((1, S), half, torch.float32))
+            cos, sin = (_same_halves(t) for t in tables((1, S), half, torch.float32))
             yield Sample(f"{name} R columns, one row", (query, key, cos, sin, None, rotary_dim, interleaved))
-            cos, sin = (_same_halves(t) for t in _tables((50,), half, dtype))
+            cos, sin = (_same_halves(t) for t in tables((50,), half, dtype))
             yield Sample(f"{name} table, one row", (query, key, cos, sin, position_ids[:1], rotary_dim, interleaved))
     yield from _strided(dtype)
+    yield from _normalized(dtype)
+
+
+def _normalized(dtype: torch.dtype) -> Iterator[Sample]:
+    """Yield calls with norms."""
+    for B, S, H, Hk, D, rotary_dim in SHAPES:
+        fused = exact_heads(B, S, H + Hk, D, dtype=dtype)
+        query, key = fused[:, :, :H], fused[:, :, H:]
+        for interleaved in (False, True):
+            name = f"norms {[B, S, H, Hk, D]} rotary {rotary_dim}{' interleaved' if interleaved else ''}"
+            args = (query, key, *tables((B, S), (rotary_dim or D) // 2, torch.float32), None, rotary_dim, interleaved)
+            yield Sample(name, (*args, head_weight(D), head_weight(D).to(dtype), 12.0))
+            yield Sample(f"{name} offset", (*args, head_weight(D).half(), head_weight(D), 0.0, 1.0))
 
 
 def _strided(dtype: torch.dtype) -> Iterator[Sample]:
@@ -159,7 +218,7 @@ def _strided(dtype: torch.dtype) -> Iterator[Sample]:
     B, S, H, Hk, D = 2, 3, 4, 2, 40
     fused = torch.randn(B, S, H + 2 * Hk, D, dtype=dtype)
     query, key = fused[:, :, :H], fused[:, :, H : H + Hk]
-    cos, sin = _tables((B, S), D // 2, dtype)
+    cos, sin = tables((B, S), D // 2, dtype)
     yield Sample("slices of one tensor", (query, key, cos, sin))
     yield Sample("slices of one tensor interleaved", (query, key, cos[..., :12], sin[..., :12], None, 24, True))
     heads_first = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key))

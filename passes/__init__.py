@@ -1,5 +1,17 @@
-"""What happens to a captured graph: the compile backend."""
+"""What happens to a captured graph: canonical form, rewrites to llmrt's operators, and the compile backend."""
 
 from .backend import llmrt_backend
+from .order import REWRITES
+from .retrace import retrace
+from .rewrite import GraphRewrite, Rewrite, RewriteError, RewriteReport, rewrite
 
-__all__ = ["llmrt_backend"]
+__all__ = [
+    "REWRITES",
+    "GraphRewrite",
+    "Rewrite",
+    "RewriteError",
+    "RewriteReport",
+    "llmrt_backend",
+    "retrace",
+    "rewrite",
+]

@@ -159,8 +159,9 @@ def test_gguf_file_has_the_bytes_of_its_format(monkeypatch, tmp_path):
         ("bench_linear.py", ["--rows=1,3", "--sizes=64x32", "--layouts=int4_sym_g32_bf16", "--computes=int8,fp32"], 4),
         ("bench_attention.py", ["--cases=1x8,4x8", "--heads=4x2x16"], 2),
         ("bench_norm.py", ["--rows=2", "--sizes=64"], 4),
+        ("bench_dense.py", ["--rows=1,40", "--sizes=64x32"], 6),
         ("bench_gated.py", ["--rows=2", "--sizes=64"], 3),
-        ("bench_rope.py", ["--tokens=3", "--heads=4x2x16"], 2),
+        ("bench_rope.py", ["--tokens=3", "--heads=4x2x16"], 5),
     ],
 )
 def test_operator_benchmarks(program, options, rows, monkeypatch, tmp_path, capsys):

@@ -82,7 +82,7 @@ def test_one_stem_for_every_operator() -> None:
     for operator in OPERATORS.values():
         stem = operator.reference.__module__.rpartition(".")[2]
         for expected in (f"ops/{stem}.py", f"csrc/{stem}.cpp", f"csrc/{stem}.h", f"tests/ops/test_{stem}.py"):
-            if expected != "csrc/kv_append.h":  # its kernel needs no table entry of its own
+            if expected != "csrc/rope_append.h":  # it calls the kernels of rope
                 assert (ROOT / expected).is_file(), f"{operator.name} is in ops/{stem}.py, but there is no {expected}"
 
 

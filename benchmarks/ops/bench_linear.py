@@ -12,17 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import against_limits, copies, numbers, parser, report, seconds_per_call, start
+from harness import against_limits, copies, numbers, parser, report, seconds_per_call, sizes, start
 
 from llmrt import ops
 from llmrt.ops.formats import Layout
 
 UNITS = {"int8": "int8", "bf16": "bf16", "fp16": "fp32", "fp32": "fp32"}
-
-
-def sizes(text: str) -> list[tuple[int, int]]:
-    """Parse KxN pairs."""
-    return [(int(k), int(n)) for k, n in (pair.split("x") for pair in text.split(","))]
 
 
 def weight(k: int, n: int, layout: Layout) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""rope against the bytes that it moves (small cases stay in a cache and pass 100 %)."""
+"""rope and rope_append against the bytes that they move (small cases stay in a cache and pass 100 %)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmrt import ops
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure both pairings on the strided parts of one tensor, as a fused q, k, v projection gives them."""
+    """Measure on the strided parts of one tensor, as a fused q, k, v projection gives them."""
     options = parser(__doc__)
     options.add_argument("--tokens", type=numbers, default=[1, 16, 512], help="S, comma separated")
     options.add_argument("--heads", default="32x8x64", help="HxHkxD: query heads, key/value heads, head dimension")
@@ -20,16 +20,24 @@ def main(arguments: list[str] | None = None) -> None:
     h, hk, d = (int(part) for part in args.heads.split("x"))
     rows = []
     for tokens in args.tokens:
-        moved = 2 * tokens * (h + hk) * d * dtype.itemsize
+        rotated, kept = 2 * tokens * (h + hk) * d * dtype.itemsize, 2 * tokens * hk * d * dtype.itemsize
         angles = torch.rand(1, tokens, d)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin, weight = angles.cos(), angles.sin(), torch.rand(d)
         inputs = []
-        for _ in range(copies(moved)):
+        for _ in range(copies(rotated)):
             fused = torch.randn(1, tokens, h + 2 * hk, d).to(dtype)
-            inputs.append((fused[:, :, :h], fused[:, :, h : h + hk]))
-        for name, interleaved in (("half-rotate", False), ("interleaved", True)):
-            calls = [partial(ops.rope, q, k, cos, sin, None, 0, interleaved) for q, k in inputs]
-            seconds = seconds_per_call(calls, args.seconds)
+            caches = torch.zeros(2, 1, hk, tokens, d, dtype=dtype).unbind(0)
+            inputs.append((fused.split((h, hk, hk), 2), caches))
+        norms = {"query_weight": weight, "key_weight": weight}
+        cases = {
+            "half-rotate": [partial(ops.rope, q, k, cos, sin) for (q, k, _), _ in inputs],
+            "interleaved": [partial(ops.rope, q, k, cos, sin, None, 0, True) for (q, k, _), _ in inputs],
+            "norms": [partial(ops.rope, q, k, cos, sin, **norms) for (q, k, _), _ in inputs],
+            "append": [partial(ops.rope_append, *qkv, cos, sin, *caches, 0) for qkv, caches in inputs],
+            "norms, append": [partial(ops.rope_append, *qkv, cos, sin, *caches, 0, **norms) for qkv, caches in inputs],
+        }
+        for name, calls in cases.items():
+            seconds, moved = seconds_per_call(calls, args.seconds), rotated + kept * name.endswith("append")
             case = {"op": name, "S": tokens, "H": h, "Hk": hk, "D": d}
             rows.append(case | against_limits(seconds, moved, 0.0, peaks, "fp32"))
     report(rows, peaks, args)

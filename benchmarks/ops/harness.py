@@ -38,6 +38,11 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def sizes(text: str) -> list[tuple[int, int]]:
+    """Parse comma separated KxN pairs, for argparse."""
+    return [(int(k), int(n)) for k, n in (pair.split("x") for pair in text.split(","))]
+
+
 def seconds_per_call(calls: Sequence[Callable[[], Any]], seconds: float) -> float:
     """Return the median time of one call; the calls take turns, so that none finds its data in a cache.
 

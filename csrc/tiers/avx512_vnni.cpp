@@ -1,5 +1,6 @@
 // The avx512_vnni tier: the kernel templates compiled with the flags that setup.py has for this file.
 #include "attention_kernels.h"
+#include "dense_kernels.h"
 #include "gated_kernels.h"
 #include "linear_kernels.h"
 #include "norm_kernels.h"
@@ -7,5 +8,5 @@
 #include "rope_kernels.h"
 #include "tier.h"
 
-const llmrt::Tier llmrt::tier_avx512_vnni = {"avx512_vnni", linear_kernels,    norm_kernels, rope_kernels,
-                                             gated_kernels, attention_kernels, peak_kernels};
+const llmrt::Tier llmrt::tier_avx512_vnni = {"avx512_vnni", linear_kernels, dense_kernels,     norm_kernels,
+                                             rope_kernels,  gated_kernels,  attention_kernels, peak_kernels};

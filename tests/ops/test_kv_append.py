@@ -78,6 +78,53 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
 ]
 
 
+def at(*positions: int, position: int = 0, every: int = 1, key: torch.Tensor = NEW) -> None:
+    ops.kv_append(CACHE, CACHE.clone(), key, NEW, position, every, torch.tensor(positions))
+
+
+BAD += [
+    ("large entry", lambda: at(0, 6, 1, 2), "positions has value 6; valid: 0 to 5"),
+    ("negative entry", lambda: at(0, 1, 2, -1), "positions has value -1; valid: 0 to 5"),
+    ("wild entry", lambda: at(0, 1, 2**62, 3), "positions has value 4611686018427387904; valid: 0 to 5"),
+    ("short positions", lambda: at(0, 1, 2), r"positions has shape \[3\]; expected \[4\]"),
+    ("both positions", lambda: at(0, 1, 2, 3, position=1), "position is 1; expected 0, as positions says"),
+    ("positions, every", lambda: at(0, 1, 2, 3, every=0), "every is 0"),
+    (
+        "positions dtype",
+        lambda: ops.kv_append(CACHE, CACHE, NEW, NEW, 0, 1, torch.arange(4).int()),
+        "positions has dtype int32; expected int64",
+    ),
+    ("new stride", lambda: at(0, 1, 2, 3, key=NEW.mT.contiguous().mT), "key has stride 3 in its last"),
+]
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+def test_nothing_is_written_when_a_position_is_bad(which: str, isa: str) -> None:
+    cache, new = torch.zeros(2, 3, 6, 8), torch.ones(2, 4, 3, 8)
+    append = ops.kv_append if which == "kernel" else ops.kv_append.reference
+    with pytest.raises(RuntimeError, match="positions has value 6"):
+        append(cache, cache, new, new, 0, 1, torch.tensor([0, 1, 2, 6]))
+    assert not cache.any()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 900])
+@pytest.mark.parametrize("places", [5, 1000])
+def test_positions_equal_index_copy(tokens: int, places: int, isa: str) -> None:
+    caches = list(torch.zeros(4, 2, 3, places, 40).unbind(0))
+    key, value = torch.randn(2, 2, tokens, 3, 40).unbind(0)
+    positions = torch.randint(0, places, (tokens,))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        ops.kv_append(caches[0], caches[1], key, value, 0, 1, positions)
+    finally:
+        torch.set_num_threads(before)
+    last = {int(p): s for s, p in enumerate(positions)}  # of a repeated position the last token
+    for cache, new in ((caches[2], key), (caches[3], value)):
+        cache[:, :, list(last)] = new[:, list(last.values())].transpose(1, 2)
+    assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
+
+
 @pytest.mark.parametrize(("call", "message"), [pytest.param(c, m, id=name) for name, c, m in BAD])
 def test_bad_arguments_are_named(isa: str, call: Callable[[], Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):

@@ -13,7 +13,7 @@ CASES = [pytest.param(op, dtype, id=f"{name}-{str(dtype)[6:]}") for name, op in 
 def run(call, sample: Sample) -> list[torch.Tensor]:
     """Return the outputs of a call, then the arguments it may have mutated."""
     out = call(*sample.args, **sample.kwargs)
-    return [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None] + [
+    return [t for t in (out if isinstance(out, tuple | list) else (out,)) if t is not None] + [
         a for a in (*sample.args, *sample.kwargs.values()) if isinstance(a, torch.Tensor)
     ]
 

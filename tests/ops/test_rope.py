@@ -10,6 +10,7 @@ from llmrt import ops
 B, S, H, Hk, D, P = 2, 3, 4, 2, 16, 9
 Q, K = torch.randn(B, S, H, D), torch.randn(B, S, Hk, D)
 COS, SIN = torch.randn(B, S, D), torch.randn(B, S, D)
+WEIGHT = torch.randn(D)
 TABLE, IDS = torch.randn(P, D), torch.tensor([[0, 1, 8], [3, 4, 5]])
 BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "three dimensions": ((Q[0], K, COS, SIN), r"query has shape \[3, 4, 16\]; expected \[any, any, any, any\]"),
@@ -38,6 +39,20 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "odd rotary_dim": ((Q, K, COS, SIN, None, 7), "rotary_dim is 7; valid: even, 2 to 16"),
     "large rotary_dim": ((Q, K, COS, SIN, None, 18), "rotary_dim is 18; valid: even, 2 to 16"),
     "negative rotary_dim": ((Q, K, COS, SIN, None, -2), "rotary_dim is -2; valid: even, 2 to 16"),
+    "query_weight alone": (
+        (Q, K, COS, SIN, None, 0, False, WEIGHT),
+        "key_weight is missing; valid: query_weight and key_weight, or none",
+    ),
+    "key_weight alone": ((Q, K, COS, SIN, None, 0, False, None, WEIGHT), "query_weight is missing; valid"),
+    "short weight": (
+        (Q, K, COS, SIN, None, 0, False, WEIGHT[:8], WEIGHT),
+        r"query_weight has shape \[8\]; expected \[16\]",
+    ),
+    "weight of a row": (
+        (Q, K, COS, SIN, None, 0, False, WEIGHT, WEIGHT[None]),
+        r"key_weight has shape \[1, 16\]; expected \[16\]",
+    ),
+    "integer weight": ((Q, K, COS, SIN, None, 0, False, WEIGHT, WEIGHT.int()), "key_weight has dtype int32; valid: fl"),
     "odd head": ((Q[..., :15], K[..., :15], COS[..., :15], SIN[..., :15]), "rotary_dim is 15; valid: even, 2 to 15"),
 }
 
@@ -106,3 +121,17 @@ def test_arguments_stay_and_results_are_new(isa: str) -> None:
     query, key = ops.rope(fused[:, :, :4], fused[:, :, 4:], *torch.randn(2, 1, 70, 64))
     assert torch.equal(fused, before) and query.is_contiguous() and key.is_contiguous()
     assert query.shape == (1, 70, 4, 64) and key.shape == (1, 70, 2, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rotary_dim", "interleaved"), [(0, False), (0, True), (20, False), (10, True)])
+def test_norms_equal_the_two_steps_apart(dtype: torch.dtype, rotary_dim: int, interleaved: bool, isa: str) -> None:
+    fused = torch.randn(2, 9, 7, 70).to(dtype)
+    query, key = fused[:, :, :4], fused[:, :, 5:]
+    query_weight, key_weight = torch.randn(140)[::2], torch.randn(70).to(dtype)
+    options = (*torch.randn(2, 1, 9, (rotary_dim or 70) // 2), None, rotary_dim, interleaved)
+    for rope, norm in ((ops.rope, ops.rms_norm), (ops.rope.reference, ops.rms_norm.reference)):
+        together = rope(query, key, *options, query_weight, key_weight, 1e-5, 0.5)
+        apart = rope(norm(query, query_weight, 1e-5, 0.5), norm(key, key_weight, 1e-5, 0.5), *options)
+        for x, y in zip(together, apart, strict=True):
+            assert torch.equal(x, y) and x.is_contiguous()

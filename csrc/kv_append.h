@@ -1,0 +1,39 @@
+// Where new tokens go in a key/value cache, for the entry points that write to one.
+#pragma once
+#include <string.h>
+
+#include "tensor.h"
+
+namespace llmrt {
+
+// Token s goes to slots[s * stride], or without slots to position + s.
+struct CacheSlots {
+  int64_t position;
+  const int64_t* slots;
+  int64_t stride;
+  bool increasing;  // no two tokens go to one place, so their order of writing is free
+  int64_t operator()(int64_t s) const { return slots ? slots[s * stride] : position + s; }
+};
+
+// Checks all arguments of kv_append but the strides of key.
+CacheSlots check_append(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
+                        int64_t position, int64_t every, const OptionalTensor& positions);
+
+// One of key and value: a cache [R, Hk, C, D] and new tokens [B, S, Hk, D], strides in bytes.
+struct CacheHalf {
+  char* cache;
+  const char* tokens;
+  int64_t bytes, cache_r, cache_h, cache_t, token_b, token_s, token_h;
+  CacheHalf(const Tensor& to, const Tensor& from) {
+    const int64_t element = size_of(float_dtype(to, "cache"));
+    bytes = from.size(3) * element;
+    cache_r = to.stride(0) * element, cache_h = to.stride(1) * element, cache_t = to.stride(2) * element;
+    token_b = from.stride(0) * element, token_s = from.stride(1) * element, token_h = from.stride(2) * element;
+    cache = (char*)to.mutable_data_ptr(), tokens = (const char*)from.const_data_ptr();
+  }
+  void copy(int64_t b, int64_t h, int64_t s, int64_t slot) const {
+    memcpy(cache + b * cache_r + h * cache_h + slot * cache_t, tokens + b * token_b + h * token_h + s * token_s, bytes);
+  }
+};
+
+}  // namespace llmrt

@@ -1,0 +1,40 @@
+// Entry point of rope_append: see ops/rope_append.py for what it means. The kernels are those of rope, which write the
+// keys straight to the cache.
+#include "kv_append.h"
+#include "rope_call.h"
+
+namespace llmrt {
+namespace {
+
+Tensor rope_append(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos, const Tensor& sin,
+                   const Tensor& key_cache, const Tensor& value_cache, int64_t position, int64_t every,
+                   const OptionalTensor& positions, const OptionalTensor& position_ids, int64_t rotary_dim,
+                   bool interleaved, const OptionalTensor& query_weight, const OptionalTensor& key_weight, double eps,
+                   double offset) {
+  RopeCall call{query, key, cos, sin, position_ids, rotary_dim, interleaved, query_weight, key_weight, eps, offset};
+  RopeArgs a = call.arguments();
+  const CacheSlots slot = check_append(key_cache, value_cache, key, value, position, every, positions);
+  Tensor out = empty(query, query.sizes());
+  set_output(a.query, out, 1, 0);
+  set_output(a.key, key_cache, 2, position);
+  a.key_slots = {slot.slots, slot.stride, every};
+  const CacheHalf values(value_cache, value);
+  const int64_t B = query.size(0), heads = value.size(2);
+  if (B * a.S == 0) return out;
+  const auto kernel = call.kernel();
+  const int64_t unit = slot.increasing ? 1 : a.S;  // tokens of one row that one thread must write
+  parallel_ranges(B * a.S / unit, (call.grain() + unit - 1) / unit, [&](int64_t begin, int64_t end) {
+    kernel(a, begin * unit, end * unit);
+    for (int64_t token = begin * unit; token < end * unit; token++) {
+      const int64_t b = token / a.S, s = token % a.S;
+      if (b % every) continue;
+      for (int64_t h = 0; h < heads; h++) values.copy(b, h, s, slot(s));
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace llmrt
+
+LLMRT_CPU_KERNELS(rope_append) { library.impl("rope_append", TORCH_BOX(&llmrt::rope_append)); }
