@@ -12,13 +12,14 @@ from transformers.utils import ModelOutput
 
 from ..passes.capture import Capture, Captured, quiet_modes
 from ..passes.executor import compile_graph
+from ..passes.rewrite import rewrite
 from .attention import padding_is_known
 from .cache import KVCache
 from .traced_cache import Kind, TracedCache, TracedRows
 
 #: Names of all sizes that a graph may depend on: rows and tokens of the call, tokens before it, rows and capacity of the buffers,
-#: columns of the row table, beams, distance of the rows that are written, logits to keep.
-SIZES = ("batch", "tokens", "length", "rows", "capacity", "columns", "beams", "every", "keep")
+#: columns of the row table, beams, distance of the rows that are written.
+SIZES = ("batch", "tokens", "length", "rows", "capacity", "columns", "beams", "every")
 
 
 class CaptureError(RuntimeError):
@@ -48,13 +49,13 @@ class Key(NamedTuple):
     table: bool
     beams: bool
     every: bool
-    keep: int  # 0: all logits, 1: the last, 2: more
+    last: bool  # only the last logits
 
     def describe(self) -> str:
         """Return a few words for the report."""
         parts = ["one token" if self.one_token else "several tokens", "one row" if self.one_row else "several rows"]
         parts += ["padding"] * self.mask + ["beams"] * self.table
-        parts += [("all logits", "last logits", "some logits")[self.keep]] * (not self.one_token)
+        parts += ["last logits" if self.last else "all logits"] * (not self.one_token)
         return ", ".join(parts)
 
 
@@ -67,7 +68,7 @@ class Call:
     positions: Tensor | None
     cache: KVCache
     every: int
-    keep: int
+    last: bool
 
     def __post_init__(self) -> None:
         """Read the sizes."""
@@ -76,7 +77,7 @@ class Call:
         cache_rows, _, capacity, _ = first.key_cache.shape
         table = rows.table
         columns = 0 if table is None else table.shape[1]
-        self.sizes = batch, tokens, first.length, cache_rows, capacity, columns, rows.beams, self.every, self.keep
+        self.sizes = batch, tokens, first.length, cache_rows, capacity, columns, rows.beams, self.every
         self.key = Key(
             batch == 1,
             tokens == 1,
@@ -86,7 +87,7 @@ class Call:
             table is not None,
             rows.beams > 1,
             self.every > 1,
-            min(self.keep, 2),
+            self.last,
         )
 
     def inputs(self) -> list[Any]:
@@ -103,8 +104,6 @@ class Call:
             inputs.append(rows.beams)
         if key.every:
             inputs.append(self.every)
-        if key.keep == 2:
-            inputs.append(self.keep)
         for layer in self.cache.layers:
             if layer.is_initialized:
                 inputs += (layer.key_cache, layer.value_cache)
@@ -133,6 +132,7 @@ class CapturedForward:
 
     Attributes:
         captured: the graph as it is run.
+        rewritten: what the passes did to it.
         nodes: calls in it.
     """
 
@@ -145,6 +145,7 @@ class CapturedForward:
         """
         self._fields: list[tuple[str, int]] = []
         self.captured = self._capture(model, kinds, call)
+        self.rewritten = rewrite(self.captured.module)
         graph = self.captured.module.graph
         if any(node.target is torch.ops.aten.new_empty.default for node in graph.nodes):
             raise CaptureError("the model reads cached keys or values outside of the attention interface")
@@ -173,8 +174,6 @@ class CapturedForward:
             given["beams"] = size("beams", least=2)
         if key.every:
             given["every"] = size("every", least=2)
-        if key.keep == 2:
-            given["logits_to_keep"] = size("keep", least=2)
         buffers: list[Any] = []
         for kind in kinds.kinds:
             if kind is not None:
@@ -188,7 +187,7 @@ class CapturedForward:
             pairs = [None if kind is None else (next(flat), next(flat)) for kind in kinds.kinds]
             shared = TracedRows(values.pop("table", None), values.pop("beams", 1), values.pop("every", 1))
             cache = TracedCache(len(pairs), shared, values.pop("length"), pairs)
-            if key.keep == 1:
+            if key.last:
                 values["logits_to_keep"] = 1
             out = type(model).forward(model, **values, past_key_values=cache, use_cache=True)
             return self._results(out, cache)

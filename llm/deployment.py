@@ -179,8 +179,8 @@ class Deployment:
         start, kinds = layers[0].length, self._kinds.kinds
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         keep = kwargs.get("logits_to_keep", 0)
-        if type(keep) is not int or keep < 0 or len(layers) != len(kinds):
-            return None
+        if type(keep) is not int or not (keep in (0, 1) or keep >= tokens) or len(layers) != len(kinds):
+            return None  # models ask whether `keep` is an int, which a symbolic one is not
         if mask is not None:
             if type(mask) is not Tensor or mask.shape != (batch, start + tokens):
                 return None
@@ -203,7 +203,7 @@ class Deployment:
             buffers = buffers or (shape[0], shape[2])
             if buffers != (shape[0], shape[2]):
                 return None
-        return Call(ids, mask, positions, cache, every, keep if keep < tokens else 0)
+        return Call(ids, mask, positions, cache, every, keep == 1 and tokens > 1)
 
     def _new(self, model: Any, call: Call) -> CapturedForward | None:
         """Capture a graph for a call; None if that does not work."""

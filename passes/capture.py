@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import SymInt
-from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.printers import PythonPrinter
+
+from .retrace import trace
 
 
 @contextmanager
@@ -107,9 +107,8 @@ class Capture:
         Raises:
             Exception: whatever the function raises over tensors that have no values, above all if it looks at one.
         """
-        with quiet_modes(), self.mode, enable_python_dispatcher():
-            tracer = make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)
-            module = tracer(*inputs)
+        with quiet_modes():
+            module = trace(function, inputs, self.mode)
         for node in list(module.graph.nodes):
             if node.target is torch._C._set_grad_enabled:  # the graph runs without gradients anyway
                 module.graph.erase_node(node)
