@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .. import ops
 from ..passes.capture import Capture, Captured, quiet_modes
 from ..passes.executor import compile_graph
 from ..passes.rewrite import rewrite
@@ -134,6 +135,7 @@ class CapturedForward:
         captured: the graph as it is run.
         rewritten: what the passes did to it.
         nodes: calls in it.
+        quantized: whether linears round their inputs, which makes small differences larger.
     """
 
     def __init__(self, model: Any, kinds: Kinds, call: Call) -> None:
@@ -150,6 +152,7 @@ class CapturedForward:
         if any(node.target is torch.ops.aten.new_empty.default for node in graph.nodes):
             raise CaptureError("the model reads cached keys or values outside of the attention interface")
         self.nodes = sum(node.op == "call_function" for node in graph.nodes)
+        self.quantized = bool(graph.find_nodes(op="call_function", target=ops.quant_linear.overload))
         self.fits: Callable[..., bool] = self.captured.condition(SIZES)
         self.run = compile_graph(self.captured.module)
 

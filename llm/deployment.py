@@ -7,6 +7,7 @@ modules; results are the same.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 import warnings
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..passes.capture import quiet_modes
 from . import attention
 from .cache import KVCache
 from .captured_forward import Call, CapturedForward, CaptureError, Key, Kinds, learn_kinds
@@ -218,12 +220,52 @@ class Deployment:
                 graph = self._undisturbed(model, lambda: CapturedForward(model, kinds, call))
                 if not graph.fits(*call.sizes):
                     raise CaptureError(f"the graph does not hold for the call that it was captured from: {call.sizes}")
+                with quiet_modes():
+                    self._try(model, graph, call)
             except Exception as error:  # a foreign forward may raise anything
                 self._refuse(call.key, error)
                 return None
             self._graphs.setdefault(call.key, []).append(graph)
             self._tell(model)
             return graph
+
+    def _try(self, model: Any, graph: CapturedForward, call: Call) -> None:
+        """Raise CaptureError unless graph and modules agree on a few tokens like those of the call, over caches of their own."""
+        key, batch = call.key, call.ids.shape[0]
+        past, tokens = 0 if key.every else 2, 1 if key.one_token else 3
+        known = model.get_input_embeddings().num_embeddings
+        ids = torch.randint(known, (batch, past + tokens), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids, dtype=torch.bool) if key.mask else None
+        if mask is not None:
+            mask[0, 0] = False
+        positions = None
+        if key.positions:
+            positions = torch.arange(past + tokens).repeat(1 if key.positions == 1 else batch, 1)
+
+        def part(start: int, end: int, cache: KVCache) -> dict[str, Any]:
+            given = {
+                "attention_mask": None if mask is None else mask[:, :end],
+                "position_ids": None if positions is None else positions[:, start:end],
+                "logits_to_keep": 1 if key.last else None,
+            }
+            return {**{k: v for k, v in given.items() if v is not None}, "past_key_values": cache, "use_cache": True}
+
+        forward, cache = type(model).forward, KVCache(model.config, past + tokens, call.cache.rows.beams)
+        if past:
+            forward(model, ids[:, :past], **part(0, past, cache))
+            if key.table:
+                cache.reorder_cache(torch.arange(batch))
+        ours, last = copy.deepcopy(cache), (past, past + tokens)
+        trial = self._call(ours, ids[:, past:], part(*last, ours))
+        if trial is None or trial.key != key or not graph.fits(*trial.sizes):
+            return  # buffers of a resized batch, or sizes that the model's code treats differently
+        got = graph.output(graph.run(*trial.inputs()), ours).logits.float()
+        expected = forward(model, ids[:, past:], **part(*last, cache)).logits.float()
+        if got.shape != expected.shape:
+            raise CaptureError(f"its logits have shape {list(got.shape)} instead of {list(expected.shape)}")
+        difference = float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+        if not difference < (1e-3 if model.dtype == torch.float32 and not graph.quantized else 0.05):
+            raise CaptureError(f"its logits differ by {difference:.1e} in a trial run")
 
     def _tell(self, model: Any) -> None:
         """Enter the graphs into the model's report, and what has none."""

@@ -200,57 +200,6 @@ def test_copies_capture_for_themselves_and_models_are_freed() -> None:
     assert torch.equal(other.generate(**batch, **GENERATE), expected)
 
 
-class Peek(nn.Module):
-    """A norm that looks at values, or keeps a tensor."""
-
-    def __init__(self, norm: nn.Module, keeps: bool) -> None:
-        super().__init__()
-        self.norm, self.keeps, self.last = norm, keeps, None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.keeps:
-            self.last = x
-        elif x.abs().max() > 1e9:
-            return x
-        return self.norm(x)
-
-
-@pytest.mark.parametrize("keeps", [False, True], ids=["looks", "keeps"])
-def test_what_cannot_be_captured_runs_and_says_so_once(keeps: bool) -> None:
-    fast, slow = both("llama")
-    batch = padded_batch()
-    expected = slow.generate(**batch, **GENERATE)
-    fast.model.norm = Peek(fast.model.norm, keeps)
-    with pytest.warns(
-        UserWarning, match=r"could not run as a graph \((its forward changes Peek.last|.*data-dep)"
-    ) as seen:
-        assert torch.equal(fast.generate(**batch, **GENERATE), expected)
-    assert len(seen) == 1 and not fast.forward.graphs
-    assert "  captured graphs:\n    all: modules run: " in str(fast.optimization_report)
-    last = fast.model.norm.last
-    assert (type(last) is torch.Tensor) if keeps else last is None
-    strict = llm.optimize(tiny_model("llama"), strict=True)
-    strict.model.norm = Peek(strict.model.norm, keeps)
-    with pytest.raises(RuntimeError, match="could not run as a graph"):
-        strict.generate(**batch, **GENERATE)
-
-
-def test_errors_are_those_of_the_modules() -> None:
-    fast = llm.optimize(tiny_model("opt"))
-    with pytest.raises(ValueError, match="the sequence is too long: the model's position table has 1"):
-        fast.generate(torch.randint(3, VOCAB, (1, 125)), max_new_tokens=8)
-    assert len(fast.forward.graphs) == 2
-    cache = llm.KVCache(fast.config)
-    fast(torch.randint(3, VOCAB, (2, 5)), past_key_values=cache)
-    with pytest.raises(ValueError, match="batch 1, holds 2"):
-        fast(torch.randint(3, VOCAB, (1, 1)), past_key_values=cache)
-    with pytest.raises(ValueError, match="filled by another model"):
-        llm.optimize(tiny_model("opt"))(torch.randint(3, VOCAB, (2, 1)), past_key_values=cache)
-    with pytest.raises(IndexError):
-        fast(torch.tensor([[VOCAB]]), past_key_values=llm.KVCache(fast.config))
-    assert cache.get_seq_length() == 5 and not fast.forward.reasons
-
-
 def test_export_and_compile_take_the_modules(pair: tuple[Any, Any]) -> None:
     fast, ids = copy.deepcopy(pair[0]), padded_batch()["input_ids"]
     expected = pair[1](ids, use_cache=False).logits
@@ -281,14 +230,3 @@ def test_generate_with_processors_and_operators_counted(pair: tuple[Any, Any]) -
             tokens.append(model.generate(**batch, **GENERATE, logits_processor=LogitsProcessorList([Interrupt()])))
         assert count["attention"] == 8 * 2
     assert torch.equal(*tokens)
-
-
-def test_rotations_that_change_are_reported() -> None:
-    plain = copy.deepcopy(tiny_model("llama"))
-    plain.config.rope_parameters = {**plain.config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
-    report = llm.optimize(plain).optimization_report
-    (entry,) = report.unoptimized
-    assert entry.kind == "forward" and entry.reason == "its rotation (dynamic) changes with the length of the text"
-    with pytest.raises(llm.OptimizationError, match=r"its rotation \(dynamic\)"):
-        llm.optimize(plain, strict=True)
-    llm.optimize(plain, strict=True, deployment_mode=False)
