@@ -147,7 +147,8 @@ class CapturedForward:
         """
         self._fields: list[tuple[str, int]] = []
         self.captured = self._capture(model, kinds, call)
-        self.rewritten = rewrite(self.captured.module)
+        with quiet_modes():
+            self.rewritten = rewrite(self.captured.module)
         graph = self.captured.module.graph
         if any(node.target is torch.ops.aten.new_empty.default for node in graph.nodes):
             raise CaptureError("the model reads cached keys or values outside of the attention interface")
