@@ -109,9 +109,12 @@ class Capture:
         """
         with quiet_modes():
             module = trace(function, inputs, self.mode)
-        for node in list(module.graph.nodes):
-            if node.target is torch._C._set_grad_enabled:  # the graph runs without gradients anyway
-                module.graph.erase_node(node)
+        for node in module.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+            module.graph.erase_node(node)  # the graph runs without gradients anyway
+        first = next(node for node in module.graph.nodes if node.op != "placeholder")
+        for node in module.graph.find_nodes(op="get_attr"):
+            if node is not first:
+                first.prepend(node)  # a rewrite may need it before its first use
         module.graph.eliminate_dead_code()
         module.recompile()
         return Captured(module, self.env, self.symbols)

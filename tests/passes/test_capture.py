@@ -32,6 +32,8 @@ def test_operators_stay_whole_and_sizes_symbolic() -> None:
     assert captured.sizes == ("batch", "tokens", "length") and captured.guards() == []
     assert {"llmrt.rms_norm.default", "aten.linear.default"} <= set(targets(captured))
     assert not [t for t in targets(captured) if "grad" in t]
+    kinds = [node.op for node in captured.module.graph.nodes]
+    assert kinds.index("call_function") == kinds.count("placeholder") + kinds.count("get_attr")
     run, fits = compile_graph(captured.module), captured.condition()
     for batch, tokens, length in ((3, 5, 0), (2, 9, 4), (7, 2, 1)):
         assert fits(batch=batch, tokens=tokens, length=length)
