@@ -113,8 +113,8 @@ inline int64_t state_floats(const AttentionArgs& a, int64_t rows) {
   return pieces.used / 4;
 }
 
-// Raises finite mask values to -2^126, whose product with log2(e) is finite and exact: a row that the smallest float32 or
-// bfloat16 hides from every token weighs all of them alike. Others, -inf among them, stay as they are.
+// Raises finite mask values to -2^126, whose product with log2(e) is finite and exact: a row that the smallest float32
+// or bfloat16 hides from every token weighs all of them alike. Others, -inf among them, stay as they are.
 inline F32 bounded(F32 mask) { return fma(mask, F32::set1(0x1p-100f), max(mask, F32::set1(-0x1p126f))); }
 
 // Turns the dot products x[0, count) of a row and the tokens from t0 on into scores; only where options ask for more

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from .. import ops
 from .attention_scores import Unlike, combined, read_scores
-from .attention_views import aligned, dense_last, permuted, transposed, unbatched, unexpanded, ungrouped
+from .attention_views import aligned, dense_last, may_equal, permuted, transposed, unbatched, unexpanded, ungrouped
 from .matching import Miss
 from .nodes import (
     VIEWS,
@@ -68,9 +68,9 @@ def _heads(query: Node, key: Node, value: Node) -> tuple[Node, Node]:
     heads, kv_heads = q.shape[1], k.shape[1]
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads or v.shape[1] != kv_heads:
         raise Unlike(f"{heads} query heads do not divide among {kv_heads} key and {v.shape[1]} value heads")
-    same = known_equal(q.shape[3], k.shape[3]) and known_equal(k.shape[2], v.shape[2])
-    if not same or not all(known_equal(q.shape[0], x.shape[0]) for x in (k, v)):
-        raise Unlike(f"shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)} are not surely those of attention")
+    same = known_equal(q.shape[3], k.shape[3]) and may_equal(k.shape[2], v.shape[2])
+    if not same or not all(may_equal(q.shape[0], x.shape[0]) for x in (k, v)):
+        raise Unlike(f"shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)} are not those of attention")
     for x, name in ((key, "key"), (value, "value")):
         if not dense_last(x):
             raise Unlike(f"{name} {x.name} is not contiguous in its last dimension")
@@ -83,14 +83,14 @@ def _mask(before: Node, mask: Node | None, query: Node, length: Any) -> Node | N
     """Return a mask with four dimensions that the operator broadcasts by itself.
 
     Raises:
-        Unlike: it does not surely fit.
+        Unlike: it does not fit.
     """
     if mask is None:
         return None
     mask = unexpanded(aligned(before, unexpanded(mask, length), None, 0), length)
     shape, (batch, heads, tokens, _) = val(mask).shape, val(query).shape
     expected = [(1, batch), (1, heads), (1, tokens), (length,)]
-    if not all(any(known_equal(s, size) for size in sizes) for s, sizes in zip(shape, expected, strict=True)):
+    if not all(any(may_equal(s, size) for size in sizes) for s, sizes in zip(shape, expected, strict=True)):
         raise Unlike(f"{mask.name} has shape {list(shape)}; expected 1 or {[batch, heads, tokens]}, {length}")
     return mask
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .nodes import VIEWS, aten, insert_call, is_call, known_equal, size_of, val
 
 _HALVES = (torch.bfloat16, torch.float16)
+
+
+def may_equal(a: Any, b: Any) -> bool:
+    """Return whether two sizes can be equal: those of two tensors are often equal without anything that says so.
+
+    The operator checks them when it runs, as the calls do that it replaces.
+    """
+    return not statically_known_true(a != b)
 
 
 def uncast(node: Node) -> Node:
@@ -30,15 +40,19 @@ def permuted(before: Node, node: Node, order: list[int]) -> Node:
 
 
 def unbatched(node: Node) -> Node | None:
-    """Return [B, H, T, D] of which `node` is the [B * H, T, D] view."""
-    if not is_call(node, aten.reshape.default):
+    """Return [B, H, T, D] of which `node` is the [B * H, T, D] view; or [B, Hk, T, D], if that repeats heads."""
+    if not is_call(node, aten.reshape.default) or val(node).dim() != 3:
         return None
     source: Any = node.args[0]
-    full, flat = val(source), val(node)
-    if full.dim() != 4 or flat.dim() != 3 or not known_equal(full.shape[0] * full.shape[1], flat.shape[0]):
+    full, flat = val(source).shape, val(node).shape
+    if not all(known_equal(full[i], flat[i]) for i in (-1, -2)) or not known_equal(math.prod(full[:-2]), flat[0]):
         return None
-    same = known_equal(full.shape[2], flat.shape[1]) and known_equal(full.shape[3], flat.shape[2])
-    return source if same else None
+    if len(full) == 5 and is_call(source, aten.expand.default):
+        single: Any = source.args[0]
+        source = single.args[0] if is_call(single, aten.unsqueeze.default) and single.args[1] == 2 else single
+        same = val(source).dim() == 4 and all(known_equal(val(source).shape[i], full[i]) for i in (0, 1, -2, -1))
+        return source if same else None
+    return source if len(full) == 4 else None
 
 
 def transposed(before: Node, node: Node) -> Node | None:
