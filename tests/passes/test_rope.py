@@ -101,7 +101,7 @@ def test_what_is_nearly_a_rotation_stays(change: str) -> None:
     def turn(x: torch.Tensor) -> torch.Tensor:
         at = 11 if change == "offset" else 12
         first, second = x[..., :at], x[..., at:]
-        return torch.cat((second if change == "sign" else -second, first), -1)
+        return torch.cat((second, -first) if change == "sign" else (-second, first), -1)
 
     def function(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
         other = cos if change == "table" else sin
