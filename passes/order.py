@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .dense import GATED_LINEARS, LINEARS, PARALLEL_LINEARS
 from .gated import ACTIVATIONS, GATED
 from .kv_append import APPENDS
 from .norm import ADDED_NORMS, NORMS
 from .rewrite import GraphRewrite, Rewrite
-from .rope import ROPES
+from .rope import NORMED_ROPES, ROPES
 from .rope_append import ROPE_APPENDS
 
 REWRITES: tuple[Rewrite | GraphRewrite, ...] = (
     *NORMS,
     *ACTIVATIONS,
     *ROPES,
+    *NORMED_ROPES,
     *ADDED_NORMS,
     *GATED,
+    *GATED_LINEARS,
+    *PARALLEL_LINEARS,
+    *LINEARS,
     *APPENDS,
     *ROPE_APPENDS,
 )
