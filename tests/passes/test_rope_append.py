@@ -42,9 +42,10 @@ def step(rope: dict[str, Any], append: dict[str, Any], use: Call) -> Call:
     """Return a function that rotates, appends and uses the query, with the permutations that models make."""
 
     def function(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kc: Tensor, vc: Tensor, n: Tensor) -> Any:
-        query, key = (swap(x) for x in ops.rope(q, k, cos, sin, **rope))
-        chosen = {"counter": n} if append.get("counter") else append
-        ops.kv_append(kc, vc, swap(key), v, chosen.pop("at", 0), **chosen)
+        width = rope.get("rotary_dim", D)
+        query, key = (swap(x) for x in ops.rope(q, k, cos[..., :width], sin[..., :width], **rope))
+        where = {"counter": n} if "counter" in append else {k: v for k, v in append.items() if k != "at"}
+        ops.kv_append(kc, vc, swap(key), v, append.get("at", 0), **where)
         return use(query, key, kc)
 
     return function
@@ -151,7 +152,6 @@ def changed(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kc: Tenso
 
 def written(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kc: Tensor, vc: Tensor, n: Tensor) -> Any:
     query, key = ops.rope(q, k, cos, sin)
-    key.mul_(torch.arange(D))
     key[:, :1].zero_()
     ops.kv_append(kc, vc, key, v, 0)
     return query
