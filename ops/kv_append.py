@@ -192,6 +192,8 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("counter, every 2", (*caches(5, 4, 100, 64, 64), new(4, 40, 4, 64), new(4, 40, 4, 64), 0), counted)
     for rows, tokens in ((2, 0), (0, 2)):
         shape = (rows, tokens, 2, 4)
-        yield Sample(f"counter, {shape}", (*caches(2, 2, 3, 4, 4), new(*shape), new(*shape), 0), {"counter": torch.tensor(1)})
+        yield Sample(
+            f"counter, {shape}", (*caches(2, 2, 3, 4, 4), new(*shape), new(*shape), 0), {"counter": torch.tensor(1)}
+        )
     no_token = torch.empty(0, dtype=torch.int64)
     yield Sample("no positions", (*caches(1, 2, 3, 4, 4), new(1, 0, 2, 4), new(1, 0, 2, 4), 0, 1, no_token))

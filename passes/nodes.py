@@ -15,7 +15,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 aten = torch.ops.aten
 
 #: Operators whose result may share memory with their first argument beyond what their schema says.
-_MAY_ALIAS = {aten.reshape.default, aten.contiguous.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout}
+_MAY_ALIAS = {
+    aten.reshape.default, aten.contiguous.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other,
+    aten.type_as.default,
+}  # fmt: skip
 
 #: Operators that read the sizes of a tensor only.
 _SIZES = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
