@@ -148,7 +148,7 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
 }
 
 std::vector<Tensor> parallel_linear(const Tensor& x, const std::vector<Tensor>& weights,
-                                    const std::vector<Tensor>& biases) {
+                                    const std::vector<OptionalTensor>& biases) {
   const Input in(x);
   const size_t count = weights.size();
   STD_TORCH_CHECK(count > 0, "weights is empty; expected at least one tensor");

@@ -43,6 +43,8 @@ _NO_WEIGHTS = (
 def _asks_for_weights() -> bool:
     """Return whether the running forward was called with output_attentions=True (some modules drop that argument)."""
     collector = getattr(output_capturing, "_active_collector", None)
+    if torch.compiler.is_dynamo_compiling() and not getattr(collector, "compiling", True):
+        return False  # nobody asked within the graph, and Dynamo cannot read the context variable
     return collector is not None and "attentions" in (collector.get() or ())
 
 
@@ -162,18 +164,19 @@ def attention_forward(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     causal, window = True, sliding_window or 0
+    layer = getattr(key, "_llmrt_layer", None)
+    length = key.shape[2] if layer is None else layer.length
     if attention_mask is not None:
         if attention_mask.dim() == 4:
             causal, window = False, 0
-        elif (older := attention_mask.shape[1] - key.shape[2]) > 0:
+        elif (older := attention_mask.shape[1] - length) > 0:
             attention_mask = attention_mask[:, older:]
     if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
         causal = False
     query = query.transpose(1, 2)
-    layer = getattr(key, "_llmrt_layer", None)
     if layer is None:
         out = _attention(
-            query, key, value, key.shape[2], scaling, causal, window, softcap or 0.0, attention_mask, None, s_aux
+            query, key, value, length, scaling, causal, window, softcap or 0.0, attention_mask, None, s_aux
         )
         return out, None
     layer.claim(module)
@@ -182,7 +185,7 @@ def attention_forward(
         query,
         layer.key_cache,
         layer.value_cache,
-        layer.length,
+        length,
         scaling,
         causal,
         window,

@@ -100,19 +100,19 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, epil
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _check_parallel(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor | None]:
+def _check_parallel(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor | None]:
     _check_x(x)
     count = len(weights)
     check(count > 0, "weights is empty; expected at least one tensor")
     check(len(biases) in (0, count), f"biases has {len(biases)} tensors; expected 0 or {count}, as many as weights")
-    each: list[Tensor | None] = [*biases] if biases else [None] * count
+    each = biases or [None] * count
     for i, (weight, bias) in enumerate(zip(weights, each, strict=True)):
         _check_weight(x, weight, bias, f"weights[{i}]", f"biases[{i}]")
     return each
 
 
 @operator()
-def parallel_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+def parallel_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
     """Linear layers that share their input: ``y[i] = x @ weights[i].T + biases[i]``, in float32, rounded once.
 
     For up to 16 rows of x it is one sweep over all weights, in place, with one start of the threads. For more, one GEMM of
@@ -121,7 +121,7 @@ def parallel_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> l
     Args:
         x: [..., K] float32, bfloat16 or float16, any strides.
         weights: each [N_i, K] in the dtype of x; rows are contiguous and may have gaps between them.
-        biases: each [N_i] in the dtype of x, one per weight, or none at all.
+        biases: each [N_i] in the dtype of x or None, one per weight; or an empty list, which AOTInductor cannot pass.
 
     Returns:
         As many tensors as weights, each [..., N_i] contiguous, in the dtype of x.
@@ -134,7 +134,7 @@ def parallel_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> l
 
 
 @parallel_linear.fake
-def _(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
     _check_parallel(x, weights, biases)
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
 
@@ -253,8 +253,9 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
         widths = ((24, 8, 8), (1, 40), (33,), (16, 0, 5, 70))[i % 4]
         weights = [make(n, k) for n in widths]
         weights[0] = make(widths[0], k + 3)[:, :k]
-        yield Sample(f"{name} {widths}", (x, weights, []))
+        yield Sample(f"{name} {widths}", (x, weights, [[], [None] * len(widths)][i % 2]))
         yield Sample(f"{name} {widths} biases", (x, weights, [make(n) for n in widths]))
+        yield Sample(f"{name} {widths} last bias", (x, weights, [*[None] * (len(widths) - 1), make(widths[-1])]))
 
 
 @gated_linear.samples

@@ -166,9 +166,34 @@ def _unsqueeze(node: Node) -> Any:
     return None if dim >= 0 else insert_call(node, aten.unsqueeze.default, x, _axis(x, dim, 1))
 
 
-@form(aten.expand.default)
+@form(aten.expand.default, aten.broadcast_to.default)
 def _expand(node: Node) -> Any:
-    return node.args[0] if same_shape(val(node.args[0]), val(node)) else None
+    if same_shape(val(node.args[0]), val(node)):
+        return node.args[0]
+    if node.target == aten.expand.default:
+        return None
+    return insert_call(node, aten.expand.default, *node.args)
+
+
+@form(aten.repeat.default)
+def _repeat(node: Node) -> Any:
+    x, repeats = arguments(node)
+    once = all(isinstance(n, int) and n == 1 for n in repeats)
+    return x if once and same_shape(val(x), val(node)) else None
+
+
+@form(aten.repeat_interleave.self_int)
+def _interleave(node: Node) -> Any:
+    x, repeats, dim, _ = arguments(node)
+    if dim is None or (dim >= 0 and len(node.args) == 3 and not node.kwargs):
+        return None
+    return insert_call(node, aten.repeat_interleave.self_int, x, repeats, _axis(x, dim))
+
+
+@form(aten.stack.default)
+def _stack(node: Node) -> Any:
+    parts, dim = arguments(node)
+    return None if dim >= 0 else insert_call(node, aten.stack.default, parts, _axis(parts[0], dim, 1))
 
 
 @form(aten.slice.Tensor)
@@ -186,9 +211,10 @@ def _slice(node: Node) -> Any:
         elif isinstance(end, int) and end < 0:
             end = max(0, end + size)
     end = END if end is None else end
-    if tuple(node.args) == (x, dim, start, end) and not node.kwargs:
+    full = (x, dim, start, end, *([step] if step != 1 else []))
+    if tuple(node.args) == full and not node.kwargs:
         return None
-    return insert_call(node, aten.slice.Tensor, x, dim, start, end, *([step] if step != 1 else []))
+    return insert_call(node, aten.slice.Tensor, *full)
 
 
 @form(aten.narrow.default)
@@ -286,7 +312,7 @@ def _may_replace(node: Node, new: Node, mutated: set[Node]) -> bool:
 
 #: Elementwise calls that write to their first argument -> the ones that make a new tensor.
 _FUNCTIONAL = {
-    getattr(aten, f"{name}_").__getattr__(overload): getattr(aten, name).__getattr__(overload)
+    getattr(getattr(aten, f"{name}_"), overload): getattr(getattr(aten, name), overload)
     for name, overload in (
         ("add", "Tensor"), ("sub", "Tensor"), ("mul", "Tensor"), ("div", "Tensor"), ("relu", "default"),
         ("silu", "default"), ("gelu", "default"), ("tanh", "default"), ("masked_fill", "Scalar"),

@@ -45,9 +45,11 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 
 def arguments(node: Node) -> list[Any]:
-    """Return all arguments of an operator call in the schema's order, defaults filled in."""
+    """Return all arguments of an operator call in the schema's order, defaults filled in; of other calls what was given."""
+    if not hasattr(node.target, "_schema"):
+        return [*node.args, *node.kwargs.values()]
     full = []
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for i, argument in enumerate(node.target._schema.arguments):
         if i < len(node.args):
             full.append(node.args[i])
         else:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .dense import GATED_LINEARS, LINEARS, PARALLEL_LINEARS
 from .folding import FOLDING
 from .gated import ACTIVATIONS, GATED
 from .linear import QUANTIZED
 from .norm import ADDED_NORMS, NORMS
 from .rewrite import GraphRewrite, Rewrite
-from .rope import ROPES
+from .rope import NORMED_ROPES, ROPES
 
 REWRITES: tuple[Rewrite | GraphRewrite, ...] = (
     *NORMS,
     *ACTIVATIONS,
     *ROPES,
+    *NORMED_ROPES,
     *ADDED_NORMS,
     *GATED,
     *QUANTIZED,
+    *GATED_LINEARS,
+    *PARALLEL_LINEARS,
+    *LINEARS,
     *FOLDING,
 )
 

@@ -275,7 +275,10 @@ def rewrite(
     report = RewriteReport(before=_calls(gm))
     for one in chosen:
         try:
+            before = report.fired[one.name]
             one.apply(gm, report)
+            if report.fired[one.name] > before:
+                canonicalize(gm)
         except Exception as error:
             message = f"rewrite {one.name} failed: {type(error).__name__}: {error}"
             if strict:

@@ -46,6 +46,19 @@ def test_the_python_example_runs() -> None:
     assert result.returncode == 0 and "def main(" in result.stdout, result.stderr
 
 
+def test_the_export_example_continues_as_generate_does(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    code = block("example: export") + (
+        "prompt = AutoTokenizer.from_pretrained(path)('def main(', return_tensors='pt')\n"
+        "print(*model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt['input_ids'].shape[1]:].tolist())\n"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    *tokens, generated = result.stdout.splitlines()
+    assert len(tokens) == 20 and tokens == generated.split() and (tmp_path / "model.pt2").is_file()
+
+
 def test_commands_are_those_that_exist() -> None:
     listed = set(re.findall(r"^\| `llmrt (\w+)", README, re.MULTILINE))
     assert listed == {info.callback.__name__ for info in app.registered_commands if info.callback}

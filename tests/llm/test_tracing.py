@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import MODELS, error, padded_batch, tiny_model
 from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import create_sliding_window_causal_mask
 
 from llmrt import llm
 from llmrt.llm.linear import LinearGroup
@@ -77,6 +78,24 @@ def test_float_models_compile_to_whole_graphs(name: str) -> None:
     backend = check(name, "dynamic", None)
     assert set(backend.count("attention")) == {2} and len(backend.graphs) <= 3
     assert all(count > 0 for count in backend.count("rope")) == MODELS[name].rope
+
+
+def test_masks_of_other_patterns_stay_whole_in_a_graph() -> None:
+    torch._dynamo.reset()
+    config = llm.optimize(tiny_model("mistral"), deployment_mode=False).config
+
+    def masks(x: torch.Tensor, padding: torch.Tensor) -> list[torch.Tensor]:
+        deviation = create_sliding_window_causal_mask(config, x, padding, None, and_mask_function=without_token_2)
+        return [create_sliding_window_causal_mask(config, x, padding, None), deviation]
+
+    x, padding = torch.zeros(3, 11, 48), padded_batch()["attention_mask"]
+    got, expected = torch.compile(masks, backend="eager", fullgraph=True)(x, padding), masks(x, padding)
+    assert [mask.dim() for mask in got] == [2, 4]
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+def without_token_2(batch: Any, head: Any, query: Any, token: Any) -> Any:
+    return token != 2
 
 
 def test_padding_of_another_prompt_reaches_the_same_graph() -> None:

@@ -20,6 +20,7 @@ H, HK, D, K, N = 4, 2, 16, 64, 48
 LAYOUT = Layout("int4", False, 32, torch.float32)
 torch.manual_seed(0)
 WEIGHT, HEAD = torch.randn(K), torch.randn(D)
+DENSE, BIAS = torch.randn(2, N, K) / 8, torch.randn(2, N)
 CANONICAL = ops.quantize(torch.randn(N, K), LAYOUT)
 PACKED = ops.pack_weight.reference(*CANONICAL, str(LAYOUT), K)
 GATED = ops.pack_weight.reference(
@@ -92,6 +93,11 @@ CASES = (
     Case("quant_linear", lambda op, x, y: op(x, GATED, None, None, str(LAYOUT), N, "fp32", "silu_mul"), rows, *ROWS),
     Case("pack_weight", lambda op, x, y: op(*CANONICAL, str(LAYOUT), K), rows, *ROWS),
     Case("unpack_weight", lambda op, x, y: op(PACKED, str(LAYOUT), N, K), rows, *ROWS),
+    Case("dense_linear", lambda op, x, y: op(x, DENSE[0], BIAS[0], None, "gelu_tanh"), rows, *ROWS),
+    Case("dense_linear", lambda op, x, y: op(x, DENSE[0], None, y[..., :N], "add"), rows, *ROWS),
+    Case("parallel_linear", lambda op, x, y: op(x, [DENSE[0], DENSE[1, :7]], [BIAS[0], BIAS[1, :7]]), rows, *ROWS),
+    Case("parallel_linear", lambda op, x, y: op(x, [*DENSE], [None, BIAS[0]]), rows, *ROWS),
+    Case("gated_linear", lambda op, x, y: op(x, *DENSE, *BIAS, "silu"), rows, *ROWS),
     Case("rope", lambda op, *x: op(*x), heads, *HEADS),
     Case("rope", lambda op, q, k, c, s: op(q, k, c[:1], s[:1], None, 0, True, HEAD, HEAD), heads, *HEADS),
     Case(
