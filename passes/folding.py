@@ -201,10 +201,10 @@ def fold_constants(gm: GraphModule, report: RewriteReport) -> int:
         function = part.function(part.copy(node))
         if _bytes(val(node)) > max(SMALL, sum(_bytes(val(s)) for s in part.sources)):
             continue
-        (constant,) = Fold(static, part.sources, function).insert(gm, node)
-        if constant.meta["val"].stride() != val(node).stride():
-            gm.graph.erase_node(constant)
+        fold = Fold(static, part.sources, function)
+        if fold.values[0].stride() != val(node).stride():
             continue
+        (constant,) = fold.insert(gm, node)
         node.replace_all_uses_with(constant)
         count += 1
     return count

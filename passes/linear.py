@@ -31,6 +31,8 @@ SELECTIONS = (*VIEWS, aten.index_select.default, aten.index.Tensor, aten.flip.de
 #: Activation dtype -> compute. No loss beyond the model's own: bfloat16 activations enter bfloat16 products exactly.
 COMPUTE = {torch.bfloat16: "bf16", torch.float16: "fp32", torch.float32: "fp32"}
 LEAST_GROUP = 8
+#: Rows of a weight that are looked at together, so that what is computed of them stays in the cache.
+ROWS = 128
 #: codes, scales and zeros, see ops/formats.py.
 Canonical = tuple[Tensor, Tensor, Tensor | None]
 
@@ -271,14 +273,22 @@ class Packing:
             size = k if self.layout.group_size == -1 else self.layout.group_size
             group = size if group % size == 0 else group
         layout, parts = self._quantized(_whole(integers), _scales(scales[:, ::group], self.scale_dtype), group)
-        again = ops.dequantize(*parts, layout, k)
-        for dtype in self.casts:
-            again = again.to(dtype)
-        if not torch.equal(again, weight):
+        if not self._equals(parts, layout, weight):
             raise Unfoldable(f"the weight is not exactly (code - zero) * scale in {layout}")
         self.layout, self.ordered = layout, order is not None
         packed = ops.pack_weight(*parts, str(layout), k)
         return (packed,) if order is None else (packed, order)
+
+    def _equals(self, parts: Canonical, layout: ops.Layout, weight: Tensor) -> bool:
+        """Return whether the canonical weight dequantizes to what the model computes."""
+        codes, scales, zeros = (None if t is None else t.split(ROWS) for t in parts)
+        for i, expected in enumerate(weight.split(ROWS)):
+            again = ops.dequantize(codes[i], scales[i], None if zeros is None else zeros[i], layout, weight.shape[1])  # type: ignore[index]
+            for dtype in self.casts:
+                again = again.to(dtype)
+            if not torch.equal(again, expected):
+                return False
+        return True
 
     def _quantized(self, integers: Tensor, scales: Tensor, group: int) -> tuple[ops.Layout, Canonical]:
         """Return the smallest layout that holds the weight (or the one of the first time), and the weight in it."""
@@ -300,7 +310,8 @@ def _group_of(changing: Sequence[Tensor]) -> int:
     k = changing[0].shape[1]
     changes = torch.zeros(k - 1, dtype=torch.bool)
     for t in changing:
-        changes |= (t[:, 1:] != t[:, :-1]).any(0)
+        for rows in t.split(ROWS):
+            changes |= (rows[:, 1:] != rows[:, :-1]).any(0)
     starts = (changes.nonzero().flatten() + 1).tolist()
     return math.gcd(*starts) if starts else k
 
@@ -310,10 +321,10 @@ def _order_of(changing: Sequence[Tensor]) -> Tensor:
     sums = torch.zeros(changing[0].shape[1], dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     for t in changing:
-        words = t.double().view(torch.int64)
         factors = torch.randint(-(1 << 62), 1 << 62, (t.shape[0], 1), generator=generator)
-        for i in range(0, t.shape[0], 64):
-            sums += ((words[i : i + 64] ^ (words[i : i + 64] >> 31)) * factors[i : i + 64]).sum(0)
+        for total, columns in zip(sums.split(64), t.split(64, 1), strict=True):
+            words = columns.double().view(torch.int64)
+            total += ((words ^ (words >> 31)) * factors).sum(0)
     return torch.argsort(torch.unique(sums, return_inverse=True)[1], stable=True)
 
 
@@ -352,7 +363,8 @@ def _codes(differences: Tensor, group: int, layout: ops.Layout) -> tuple[Tensor,
         fits = low >= -form.zero and high <= form.levels - form.zero
         return ((differences + form.zero).to(torch.uint8), None) if fits else None
     padded = torch.nn.functional.pad(differences, (0, -k % group)).view(n, -1, group)
-    zero, top = -padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
+    least, most = torch.aminmax(padded, dim=-1)
+    zero, top = -least.clamp(max=0), most.clamp(min=0)
     if (zero > form.levels).any() or (zero + top > form.levels).any():
         return None
     codes = (padded + zero.unsqueeze(-1)).view(n, -1)[:, :k]
