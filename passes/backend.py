@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from .executor import compile_graph
+from .folding import FoldedGraph, lift_folds
+from .nodes import val
 from .order import REWRITES, chosen
 from .retrace import retrace
 from .rewrite import RewriteReport, rewrite
@@ -55,7 +58,12 @@ def llmrt_backend(
     traced = retrace(gm, example_inputs)
     report = rewrite(traced, settings["passes"], settings["strict"])
     _tell(report, settings["report"])
-    return _run(traced, example_inputs, settings["codegen"], mode)
+    folds = lift_folds(traced)
+    if not folds:
+        return _run(traced, example_inputs, settings["codegen"], mode)
+    constants = [val(node) for node in traced.graph.find_nodes(op="placeholder")[len(example_inputs) :]]
+    run = _run(traced, [*example_inputs, *constants], settings["codegen"], mode)
+    return FoldedGraph(run, gm.forward, folds, traced.graph, example_inputs)
 
 
 def check_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -96,7 +104,7 @@ def _tell(report: RewriteReport, where: bool | list[RewriteReport]) -> None:
 
 def _run(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], codegen: str, mode: str | None) -> Callable[..., Any]:
     if codegen == "eager":
-        return gm.forward
+        return compile_graph(gm)
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .attention import ATTENTION
 from .dense import GATED_LINEARS, LINEARS, PARALLEL_LINEARS
+from .folding import FOLDING
 from .gated import ACTIVATIONS, GATED
 from .kv_append import APPENDS
+from .linear import QUANTIZED
 from .norm import ADDED_NORMS, NORMS
 from .rewrite import GraphRewrite, Rewrite
 from .rope import NORMED_ROPES, ROPES
@@ -17,13 +20,16 @@ REWRITES: tuple[Rewrite | GraphRewrite, ...] = (
     *ACTIVATIONS,
     *ROPES,
     *NORMED_ROPES,
+    *ATTENTION,
+    *APPENDS,
+    *ROPE_APPENDS,
     *ADDED_NORMS,
     *GATED,
+    *QUANTIZED,
     *GATED_LINEARS,
     *PARALLEL_LINEARS,
     *LINEARS,
-    *APPENDS,
-    *ROPE_APPENDS,
+    *FOLDING,
 )
 
 

@@ -70,8 +70,18 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorM
         mode.allow_non_fake_inputs = allowed
 
 
+def is_held_by_module(placeholder: torch.fx.Node) -> bool:
+    """Return whether Dynamo read an input from a module: a parameter, a buffer or another tensor that is its attribute."""
+    guard_source = getattr(getattr(placeholder, "_dynamo_source", None), "guard_source", None)
+    return guard_source is not None and (
+        guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module()
+    )
+
+
 def retrace(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:
     """Return a Dynamo graph in ATen operators, with the same placeholders in the same order.
+
+    Inputs that Dynamo read from a module have the real tensor in ``meta["static"]``.
 
     Args:
         gm: graph that Dynamo captured; its symbolic floats become constants in place.
@@ -79,9 +89,13 @@ def retrace(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx
     """
     specialize_floats(gm)
     mode, inputs = fake_inputs(example_inputs)
-    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    placeholders = gm.graph.find_nodes(op="placeholder")
     traced = trace(gm, inputs, mode)
-    for node, name in zip(traced.graph.nodes, names, strict=False):  # placeholders come first
-        node.target = node.name = name
+    for node, captured, x in zip(
+        traced.graph.nodes, placeholders, example_inputs, strict=False
+    ):  # placeholders come first
+        node.target = node.name = captured.name
+        if is_held_by_module(captured) and isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor):
+            node.meta["static"] = x
     traced.recompile()
     return traced
