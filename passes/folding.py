@@ -205,7 +205,7 @@ def fold_constants(gm: GraphModule, report: RewriteReport) -> int:
         if constant.meta["val"].stride() != val(node).stride():
             gm.graph.erase_node(constant)
             continue
-        node.replace_all_uses_with(constant)
+        node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in static)
         count += 1
     return count
 
