@@ -205,7 +205,7 @@ def fold_constants(gm: GraphModule, report: RewriteReport) -> int:
         if fold.values[0].stride() != val(node).stride():
             continue
         (constant,) = fold.insert(gm, node)
-        node.replace_all_uses_with(constant)
+        node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in static)
         count += 1
     return count
 

@@ -52,6 +52,7 @@ def _count(m: Any, x: Tensor) -> Tensor:
 FOLDED: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[int, ...], int]] = {
     "offset": (_offset, (8,), 1),
     "two uses": (lambda m, x: (x * m.weight.exp(), x + m.weight.exp()), (8,), 2),
+    "one follows from the other": (lambda m, x: [x * e + e.sin() for e in [m.weight.exp()]], (8,), 2),
     "cast": (lambda m, x: x * m.weight.bfloat16()[0], (300, 8), 1),
     "factory": (lambda m, x: x * torch.arange(8), (8,), 1),
     "a view only": (lambda m, x: x * m.weight.view(2, 4).flatten(), (8,), 0),
