@@ -113,6 +113,10 @@ inline int64_t state_floats(const AttentionArgs& a, int64_t rows) {
   return pieces.used / 4;
 }
 
+// Raises finite mask values to -2^126, whose product with log2(e) is finite and exact: a row that the smallest float32
+// or bfloat16 hides from every token weighs all of them alike. Others, -inf among them, stay as they are.
+inline F32 bounded(F32 mask) { return fma(mask, F32::set1(0x1p-100f), max(mask, F32::set1(-0x1p126f))); }
+
 // Turns the dot products x[0, count) of a row and the tokens from t0 on into scores; only where options ask for more
 // than a scale, which the exponential applies.
 inline void finish_scores(const AttentionArgs& a, const QueryRow& q, int64_t t0, int64_t count, float* x) {
@@ -122,7 +126,7 @@ inline void finish_scores(const AttentionArgs& a, const QueryRow& q, int64_t t0,
     F32 v = load(x + j) * scale;
     if (a.softcap > 0.f) v = cap * tanh(v / cap);
     if (a.slopes) v = fma(slope, iota() + F32::set1((float)(t0 + j - q.position)), v);
-    if (a.mask_kind == MaskKind::floating) v = v + load(q.mask, a.mask_dtype, t0 + j, n);
+    if (a.mask_kind == MaskKind::floating) v = v + bounded(load(q.mask, a.mask_dtype, t0 + j, n));
     if (a.mask_kind == MaskKind::boolean) v = where_true((const uint8_t*)q.mask + t0 + j, n, v, F32::set1(kNothing));
     store(x + j, v);
   }

@@ -6,11 +6,10 @@ namespace {
 
 constexpr int64_t kGrainBytes = 64 << 10;  // per thread, below which a second thread costs more than it saves
 
-CacheSlots checked_positions(const Tensor& positions, int64_t position, int64_t S, int64_t capacity) {
-  STD_TORCH_CHECK(position == 0, "position is ", position, "; expected 0, as positions says where the tokens go");
+CacheSlots checked_positions(const Tensor& positions, int64_t S, int64_t capacity) {
   check_dtype(positions, ScalarType::Long, "positions");
   check_shape(positions, {S}, "positions");
-  CacheSlots to{0, (const int64_t*)positions.const_data_ptr(), positions.stride(0), true};
+  CacheSlots to{0, (const int64_t*)positions.const_data_ptr(), positions.stride(0), true, nullptr};
   for (int64_t s = 0; s < S; s++) {
     STD_TORCH_CHECK(0 <= to(s) && to(s) < capacity, "positions has value ", to(s), "; valid: 0 to ", capacity - 1);
     if (s && to(s) <= to(s - 1)) to.increasing = false;
@@ -18,10 +17,17 @@ CacheSlots checked_positions(const Tensor& positions, int64_t position, int64_t 
   return to;
 }
 
+int64_t* checked_counter(const Tensor& counter) {
+  check_dtype(counter, ScalarType::Long, "counter");
+  STD_TORCH_CHECK(counter.numel() == 1, "counter has shape ", shape_text(counter), "; expected one element");
+  return (int64_t*)counter.mutable_data_ptr();
+}
+
 }  // namespace
 
 CacheSlots check_append(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
-                        int64_t position, int64_t every, const OptionalTensor& positions) {
+                        int64_t position, int64_t every, const OptionalTensor& positions,
+                        const OptionalTensor& counter) {
   const ScalarType dtype = key_cache.scalar_type();
   float_dtype(key_cache, "key_cache");
   check_dtype(value_cache, dtype, "value_cache");
@@ -34,23 +40,29 @@ CacheSlots check_append(const Tensor& key_cache, const Tensor& value_cache, cons
   check_shape(value, {key.size(0), key.size(1), heads, value_cache.size(3)}, "value");
   check_last_dense(key_cache, "key_cache");
   check_last_dense(value_cache, "value_cache");
-  check_last_dense(value, "value");
   STD_TORCH_CHECK(key.size(0) <= rows, "key has ", key.size(0), " rows; key_cache holds ", rows);
   STD_TORCH_CHECK(every >= 1, "every is ", every, "; expected at least 1");
-  if (positions) return checked_positions(*positions, position, key.size(1), capacity);
-  STD_TORCH_CHECK(position >= 0 && position + key.size(1) <= capacity, "position ", position, " and ", key.size(1),
+  const char* name = positions ? "positions" : counter ? "counter" : "position";
+  STD_TORCH_CHECK(!(positions && counter), "positions and counter are given; valid: one of them");
+  STD_TORCH_CHECK(position == 0 || !(positions || counter), "position is ", position, "; expected 0, as ", name,
+                  " says where the tokens go");
+  const int64_t S = key.size(1);
+  if (positions) return checked_positions(*positions, S, capacity);
+  int64_t* const stored = counter ? checked_counter(*counter) : nullptr;
+  if (stored) position = *stored;
+  STD_TORCH_CHECK(position >= 0 && position <= capacity - S, name, " ", position, " and ", S,
                   " tokens do not fit into the cache's capacity of ", capacity, " tokens");
-  return {position, nullptr, 0, true};
+  return {position, nullptr, 0, true, stored};
 }
 
 namespace {
 
 void kv_append(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
-               int64_t position, int64_t every, const OptionalTensor& positions) {
-  const CacheSlots slot = check_append(key_cache, value_cache, key, value, position, every, positions);
-  check_last_dense(key, "key");
+               int64_t position, int64_t every, const OptionalTensor& positions, const OptionalTensor& counter) {
+  const CacheSlots slot = check_append(key_cache, value_cache, key, value, position, every, positions, counter);
   const int64_t S = key.size(1), heads = key.size(2), rows = (key.size(0) + every - 1) / every;
-  const CacheHalf keys(key_cache, key), values(value_cache, value);
+  const Tensor dense_key = last_dense(key), dense_value = last_dense(value);
+  const CacheHalf keys(key_cache, dense_key), values(value_cache, dense_value);
   const int64_t unit = slot.increasing ? 1 : S;  // tokens of one head that one thread must write
   if (S == 0) return;
   const int64_t grain = 1 + kGrainBytes / (unit * (keys.bytes + values.bytes) + 1);
@@ -63,6 +75,7 @@ void kv_append(const Tensor& key_cache, const Tensor& value_cache, const Tensor&
       }
     }
   });
+  slot.count(S);
 }
 
 }  // namespace

@@ -11,13 +11,18 @@ struct CacheSlots {
   int64_t position;
   const int64_t* slots;
   int64_t stride;
-  bool increasing;  // no two tokens go to one place, so their order of writing is free
+  bool increasing;   // no two tokens go to one place, so their order of writing is free
+  int64_t* counter;  // of the tokens that are stored; or null
   int64_t operator()(int64_t s) const { return slots ? slots[s * stride] : position + s; }
+  void count(int64_t tokens) const {
+    if (counter) *counter += tokens;
+  }
 };
 
-// Checks all arguments of kv_append but the strides of key.
+// Checks all arguments of kv_append.
 CacheSlots check_append(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
-                        int64_t position, int64_t every, const OptionalTensor& positions);
+                        int64_t position, int64_t every, const OptionalTensor& positions,
+                        const OptionalTensor& counter);
 
 // One of key and value: a cache [R, Hk, C, D] and new tokens [B, S, Hk, D], strides in bytes.
 struct CacheHalf {

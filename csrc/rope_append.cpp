@@ -10,17 +10,21 @@ Tensor rope_append(const Tensor& query, const Tensor& key, const Tensor& value, 
                    const Tensor& key_cache, const Tensor& value_cache, int64_t position, int64_t every,
                    const OptionalTensor& positions, const OptionalTensor& position_ids, int64_t rotary_dim,
                    bool interleaved, const OptionalTensor& query_weight, const OptionalTensor& key_weight, double eps,
-                   double offset) {
+                   double offset, const OptionalTensor& counter) {
   RopeCall call{query, key, cos, sin, position_ids, rotary_dim, interleaved, query_weight, key_weight, eps, offset};
   RopeArgs a = call.arguments();
-  const CacheSlots slot = check_append(key_cache, value_cache, key, value, position, every, positions);
+  const CacheSlots slot = check_append(key_cache, value_cache, key, value, position, every, positions, counter);
   Tensor out = empty(query, query.sizes());
   set_output(a.query, out, 1, 0);
-  set_output(a.key, key_cache, 2, position);
+  set_output(a.key, key_cache, 2, slot.position);
   a.key_slots = {slot.slots, slot.stride, every};
-  const CacheHalf values(value_cache, value);
+  const Tensor dense_value = last_dense(value);
+  const CacheHalf values(value_cache, dense_value);
   const int64_t B = query.size(0), heads = value.size(2);
-  if (B * a.S == 0) return out;
+  if (B * a.S == 0) {
+    slot.count(a.S);
+    return out;
+  }
   const auto kernel = call.kernel();
   const int64_t unit = slot.increasing ? 1 : a.S;  // tokens of one row that one thread must write
   parallel_ranges(B * a.S / unit, (call.grain() + unit - 1) / unit, [&](int64_t begin, int64_t end) {
@@ -31,6 +35,7 @@ Tensor rope_append(const Tensor& query, const Tensor& key, const Tensor& value, 
       for (int64_t h = 0; h < heads; h++) values.copy(b, h, s, slot(s));
     }
   });
+  slot.count(a.S);
   return out;
 }
 

@@ -11,6 +11,7 @@ or user-made functions, static caches whose buffer is longer than what is valid)
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ _attention = ops.attention.overload
 _BOTH = sliding_window_causal_mask_function(1).__code__
 _WINDOW = sliding_window_overlay(1).__code__
 
+
+#: While a forward is captured: whether its calls have padding, which the values of a mask cannot tell then. None: look at them.
+padding_is_known: ContextVar[bool | None] = ContextVar("padding_is_known", default=None)
 
 _NO_WEIGHTS = (
     "output_attentions=True: llmrt's attention never makes the weights; "
@@ -98,12 +102,13 @@ def attention_mask(
         raise ValueError(_NO_WEIGHTS)
     newest = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
     if newest and _is_causal(mask_function, allow_is_causal_skip, kwargs.get("local_size"), kwargs.get("config")):
-        if attention_mask is None:
+        known = None if torch.compiler.is_compiling() else padding_is_known.get()
+        if attention_mask is None or known is False:
             return None
         if attention_mask.shape[-1] >= kv_offset + kv_length:
             # whole from the first token on: generate may hand the result to this function again
             padding = attention_mask[:, : kv_offset + kv_length]
-            if is_tracing(padding):  # its values are not known, and the graph is to serve other prompts too
+            if known or is_tracing(padding):  # its values are not known, and the graph is to serve other prompts too
                 return padding
             return None if bool(padding.all()) else padding
     return sdpa_mask(

@@ -109,15 +109,48 @@ class KVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve buffers for keys [B, Hk, S, D] and values [B, Hk, S, Dv]."""
-        batch, heads, tokens, dim = key_states.shape
+        self._allocate(_shape(key_states, value_states), key_states.shape[2])
+
+    def _allocate(self, fits: tuple[Any, ...], tokens: int) -> None:
+        batch, heads, dim, value_dim, self.dtype, self.device = fits
         capacity = self.max_length if self.max_length is not None else FIRST_CAPACITY + tokens
         capacity = max(tokens, min(capacity, max(LARGEST_FIRST_CAPACITY, tokens + FIRST_CAPACITY)), 1)
-        self.key_cache = key_states.new_empty((batch, heads, capacity, dim))
-        self.value_cache = value_states.new_empty((batch, heads, capacity, value_states.shape[-1]))
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.key_cache = torch.empty((batch, heads, capacity, dim), dtype=self.dtype, device=self.device)
+        self.value_cache = torch.empty((batch, heads, capacity, value_dim), dtype=self.dtype, device=self.device)
         self.batch = batch
-        self._fits = _shape(key_states, value_states)
+        self._fits = fits
         self.is_initialized = True
+
+    def reserve(self, fits: tuple[Any, ...], tokens: int) -> int:
+        """Make room for S more tokens and bring the row table up to them.
+
+        Args:
+            fits: (batch, key/value heads, head size, value head size, dtype, device) of what will be appended.
+            tokens: S.
+
+        Returns:
+            `every` of kv_append: the distance between the rows to write.
+
+        Raises:
+            ValueError: no token, or heads, sizes, dtype or batch differ from what the cache holds.
+        """
+        if self._fits != fits:
+            self._refit(fits, tokens)
+        if tokens == 0:
+            raise ValueError("the input has no token; pass at least one")
+        start, rows = self.length, self.rows
+        end = start + tokens
+        if end > self.key_cache.shape[2]:
+            self._grow(end)
+        if start == 0 and rows.table is not None and rows.table.shape[0] != self.batch:
+            rows.table = None
+        if start == 0 and rows.beams > 1 and self.batch % rows.beams == 0:
+            first = torch.arange(self.batch, dtype=torch.int32, device=self.device) // rows.beams * rows.beams
+            rows.make(self.batch, end, self.device)[:, :end] = first.unsqueeze(1)
+            return rows.beams
+        if rows.table is not None and rows.table.shape[1] < end:
+            rows.make(self.batch, self.key_cache.shape[2], self.device)
+        return 1
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys [B, Hk, S, D] and values [B, Hk, S, Dv]; return all of them as [B, Hk, T, D] and [B, Hk, T, Dv].
@@ -128,24 +161,10 @@ class KVLayer(CacheLayerMixin):
         Raises:
             ValueError: no token, or heads, sizes, dtype or batch differ from what the cache holds.
         """
-        if self._fits != _shape(key_states, value_states):
-            self._refit(key_states, value_states)
-        start = self.length
         tokens = key_states.shape[2]
-        if tokens == 0:
-            raise ValueError("the input has no token; pass at least one")
+        every = self.reserve(_shape(key_states, value_states), tokens)
+        start, rows = self.length, self.rows
         end = start + tokens
-        if end > self.key_cache.shape[2]:
-            self._grow(end)
-        rows, every = self.rows, 1
-        if start == 0 and rows.table is not None and rows.table.shape[0] != self.batch:
-            rows.table = None
-        if start == 0 and rows.beams > 1 and self.batch % rows.beams == 0:
-            every = rows.beams
-            first = torch.arange(self.batch, dtype=torch.int32, device=self.device) // every * every
-            rows.make(self.batch, end, self.device)[:, :end] = first.unsqueeze(1)
-        elif rows.table is not None and rows.table.shape[1] < end:
-            rows.make(self.batch, self.key_cache.shape[2], self.device)
         _kv_append(
             self.key_cache, self.value_cache, key_states.transpose(1, 2), value_states.transpose(1, 2), start, every
         )
@@ -156,11 +175,11 @@ class KVLayer(CacheLayerMixin):
         keys._llmrt_layer = self  # type: ignore[attr-defined]
         return keys, values
 
-    def _refit(self, key_states: Tensor, value_states: Tensor) -> None:
+    def _refit(self, given: tuple[Any, ...], tokens: int) -> None:
         if self.length == 0:
-            self.lazy_initialization(key_states, value_states)
+            self._allocate(given, tokens)
             return
-        held, given = self._fits, _shape(key_states, value_states)
+        held = self._fits
         names = ("batch", "key/value heads", "head size", "value head size", "dtype", "device")
         wrong = [f"{n} {g}, holds {h}" for n, g, h in zip(names, given, held or (), strict=True) if g != h]
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import attention, trial
 from .cache_setup import CacheSetup
+from .deployment import Deployment
 from .linear import LinearGroup, QuantLinear, SiblingLinear
 from .mlp import GatedMLP, QuantGatedMLP
 from .norm import convert_norm
@@ -27,11 +28,16 @@ class Converter:
         plan: what to do.
         dtype: of the parameters that stay floating point, or None.
         keep: whether replaced weights belong to another model too, so that everything can be taken back.
+        deploy: run the model as captured graphs where it fits; see llm/deployment.py.
+        strict: what `Deployment` shall do when it cannot.
     """
 
-    def __init__(self, model: Any, plan: Plan, dtype: torch.dtype | None, keep: bool) -> None:
+    def __init__(
+        self, model: Any, plan: Plan, dtype: torch.dtype | None, keep: bool, deploy: bool = False, strict: bool = False
+    ) -> None:
         """Remember what to change."""
         self.model, self.plan, self.dtype, self.keep = model, plan, dtype, keep
+        self.deploy, self.strict = deploy, strict
         self.undo: list[Callable[[], None]] = []
         self.freed: list[str] = []
 
@@ -53,6 +59,7 @@ class Converter:
             self._untie()
             self._dtype()
             self._attention()
+            self._deployment()
         except BaseException as error:
             if self.freed and not self.keep:
                 self._refuse(error)
@@ -137,6 +144,15 @@ class Converter:
         if plan.cache:
             model._prepare_cache_for_generation = CacheSetup(model)
             self.undo.append(lambda: delattr(model, "_prepare_cache_for_generation"))
+
+    def _deployment(self) -> None:
+        model, plan = self.model, self.plan
+        if self.deploy and not plan.cache:
+            plan.report.add("", "forward", reason="needs llmrt's attention and cache")
+        elif self.deploy:
+            plan.report.add("", "forward", "graphs, captured from the first calls")
+            model.forward = Deployment(model, self.strict)
+            self.undo.append(lambda: delattr(model, "forward"))
 
     def _untie(self) -> None:
         """A quantized head is no longer tied to the embedding: say so where transformers would tie it again."""

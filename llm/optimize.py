@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .convert import Converter, weight_bytes
+from .deployment import undeployable
 from .linear import QuantLinear, SiblingLinear
 from .plan import Planner, check_weights
 from .quantization import WeightOnlyQuantConfig
@@ -48,8 +49,9 @@ def optimize(
         quantization_config: a `WeightOnlyQuantConfig`, or None for floating point.
         qconfig_summary_file: for static INT8, not here yet.
         low_precision_checkpoint: not here yet.
-        sample_inputs: reserved for the captured graph; not read.
-        deployment_mode: True will run a captured graph; for now both values run eager modules.
+        sample_inputs: not read: graphs are captured from the first calls.
+        deployment_mode: True runs calls with a `KVCache`, as generate makes them, as captured graphs of operators; False always runs
+            the modules. Attributes of modules, such as an epsilon, are then read once.
         strict: raise `OptimizationError`, with the reasons, if anything would stay unoptimized that has a faster form.
 
     Returns:
@@ -65,11 +67,14 @@ def optimize(
     )
     plan = Planner(model, quantization_config).plan()
     check_weights(model, plan)
+    reason = undeployable(model) if deployment_mode else None
+    if reason is not None:
+        plan.report.add("", "forward", reason=reason, expected=False)
     if strict:
         plan.report.raise_if_unoptimized()
     plan.report.bytes_before = weight_bytes(model)
     result = model if inplace else share_copy(model)
-    Converter(result, plan, dtype, keep=not inplace).run()
+    Converter(result, plan, dtype, not inplace, deployment_mode and reason is None, strict).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
     if quantization_config is not None:

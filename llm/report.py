@@ -38,6 +38,7 @@ class OptimizationReport:
         entries: one per module or seam.
         bytes_before: of parameters and buffers.
         bytes_after: the same, after.
+        graphs: a line for every graph that deployment mode captured, or could not; they come with the calls.
     """
 
     family: str | None
@@ -45,6 +46,7 @@ class OptimizationReport:
     entries: list[Entry] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
+    graphs: list[str] = field(default_factory=list)
 
     def add(
         self, name: str, kind: str, by: str | None = None, reason: str | None = None, expected: bool = True
@@ -81,6 +83,8 @@ class OptimizationReport:
         for title, entries in (("replaced", self.replaced), ("kept", self.kept), ("NOT optimized", self.unoptimized)):
             if entries:
                 lines += [f"  {title}:", *("    " + line for line in _lines(entries))]
+        if self.graphs:
+            lines += ["  captured graphs:", *("    " + line for line in self.graphs)]
         before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
         lines.append(f"  weights: {before:.1f} MB before, {after:.1f} MB after")
         return "\n".join(lines)

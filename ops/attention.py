@@ -281,6 +281,9 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
         yield sample(f"bool mask per head, {tokens} tokens", *sizes, mask=torch.rand(1, 4, tokens, 160) < 0.1)
         bias = torch.randn(1, 4, tokens, 150, dtype=dtype).masked_fill(torch.rand(tokens, 150) < 0.3, -math.inf)
         yield sample(f"float mask, {tokens} tokens", *sizes, mask=bias)
+        smallest = torch.zeros(2, 1, tokens, 150).masked_fill(torch.rand(tokens, 150) < 0.4, torch.finfo().min)
+        smallest[:, :, -1] = torch.finfo().min  # a row that weighs all tokens alike
+        yield sample(f"smallest numbers as a mask, {tokens} tokens", *sizes, mask=smallest)
         rows = torch.randint(0, 5, (2, 152), dtype=torch.int32)
         yield sample(f"scattered rows, {tokens} tokens", *sizes, cache_rows=5, rows=rows)
         everything: dict[str, Any] = {"window": 60, "softcap": 3.0, "slopes": torch.rand(4), "sinks": torch.randn(4)}

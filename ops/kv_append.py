@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention import check_last_dense
-from .check import check, check_dtype, check_floating, check_shape
+from .check import check, check_dtype, check_floating, check_shape, differ
 from .operator import Sample, operator
 
 
@@ -20,8 +20,9 @@ def check_append(
     position: int,
     every: int,
     positions: Tensor | None,
-) -> None:
-    """Raise RuntimeError unless the arguments of kv_append fit together."""
+    counter: Tensor | None,
+) -> int:
+    """Raise RuntimeError unless the arguments of kv_append fit together; return the place of the first token."""
     check_floating(key_cache, "key_cache")
     for x, name in ((value_cache, "value_cache"), (key, "key"), (value, "value")):
         check_dtype(x, key_cache.dtype, name)
@@ -30,26 +31,45 @@ def check_append(
     check_shape(value_cache, (rows, heads, capacity, -1), "value_cache")
     check_shape(key, (-1, -1, heads, width), "key")
     check_shape(value, (key.shape[0], key.shape[1], heads, value_cache.shape[3]), "value")
-    for x, name in ((key_cache, "key_cache"), (key, "key"), (value_cache, "value_cache"), (value, "value")):
+    for x, name in ((key_cache, "key_cache"), (value_cache, "value_cache")):
         check_last_dense(x, name)
     check(key.shape[0] <= rows, f"key has {key.shape[0]} rows; key_cache holds {rows}")
     check(every >= 1, f"every is {every}; expected at least 1")
+    name = "position"
+    if positions is not None or counter is not None:
+        name = "counter" if positions is None else "positions"
+        check(position == 0, f"position is {position}; expected 0, as {name} says where the tokens go")
+    if counter is not None:
+        check(positions is None, "positions and counter are given; valid: one of them")
+        check_counter(counter)
+        position = int(counter)
     if positions is None:
         check(
             position >= 0 and position + key.shape[1] <= capacity,
-            f"position {position} and {key.shape[1]} tokens do not fit into the cache's capacity of {capacity} tokens",
+            f"{name} {position} and {key.shape[1]} tokens do not fit into the cache's capacity of {capacity} tokens",
         )
-        return
-    check(position == 0, f"position is {position}; expected 0, as positions says where the tokens go")
+        return position
     check_dtype(positions, torch.int64, "positions")
     check_shape(positions, (key.shape[1],), "positions")
     if positions.numel():
         for entry in (int(positions.min()), int(positions.max())):
             check(0 <= entry < capacity, f"positions has value {entry}; valid: 0 to {capacity - 1}")
+    return position
+
+
+def check_counter(counter: Tensor) -> None:
+    """Raise RuntimeError unless a counter has the dtype and the size of one."""
+    check_dtype(counter, torch.int64, "counter")
+    check(not differ(counter.numel(), 1), f"counter has shape {list(counter.shape)}; expected one element")
 
 
 def check_append_kinds(
-    key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, positions: Tensor | None
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor | None,
+    counter: Tensor | None,
 ) -> None:
     """Raise RuntimeError where dtypes or numbers of dimensions cannot fit: what a fake kernel can say of any sizes."""
     check_floating(key_cache, "key_cache")
@@ -59,9 +79,11 @@ def check_append_kinds(
     if positions is not None:
         check_dtype(positions, torch.int64, "positions")
         check_shape(positions, (-1,), "positions")
+    if counter is not None:
+        check_counter(counter)
 
 
-@operator(mutates=("key_cache", "value_cache"))
+@operator(mutates=("key_cache", "value_cache", "counter"))
 def kv_append(
     key_cache: Tensor,
     value_cache: Tensor,
@@ -70,28 +92,32 @@ def kv_append(
     position: int,
     every: int = 1,
     positions: Tensor | None = None,
+    counter: Tensor | None = None,
 ) -> None:
     """Write S tokens per row to a cache: ``cache[b, :, position + s] = new[b, s]`` for every row b with b % every == 0.
 
     With `positions` token s goes to positions[s] instead, as by ``cache.index_copy_(2, positions, new.transpose(1, 2))``:
     a graph that is captured once then writes where its input says. Of tokens with the same position the last one stays.
 
+    With `counter`, the number of tokens that the cache holds, token s goes to counter + s, and counter grows by S.
+
     With `every` = number of beams the prompt of a beam search is stored once per sample, in the sample's first row.
 
     Args:
         key_cache: [R, Hk, C, D] float32, bfloat16 or float16, R at least B; the last dimension contiguous. Written to.
         value_cache: [R, Hk, C, Dv], the dtype of key_cache; the last dimension contiguous. Written to.
-        key: [B, S, Hk, D], the dtype of key_cache; the last dimension contiguous, other strides free.
+        key: [B, S, Hk, D], the dtype of key_cache, any strides.
         value: [B, S, Hk, Dv], likewise.
-        position: index of the first token written, 0 to C - S; 0 where positions is given.
+        position: index of the first token written, 0 to C - S; 0 where positions or counter is given.
         every: distance between the rows that are written, 1 = all.
         positions: int64 [S], the index of each token, 0 to C - 1; None: position + s.
+        counter: int64, one element, 0 to C - S; instead of positions. Written to.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit together, the tokens do not fit into the cache, or every is below 1;
             nothing is written then.
     """
-    check_append(key_cache, value_cache, key, value, position, every, positions)
+    position = check_append(key_cache, value_cache, key, value, position, every, positions, counter)
     token = torch.arange(key.shape[1], device=key.device)
     if positions is None:
         positions = position + token
@@ -100,6 +126,8 @@ def kv_append(
     last = last.scatter_reduce(0, positions, token, "amax")[positions]
     for cache, new in ((key_cache, key), (value_cache, value)):
         cache[: key.shape[0] : every].index_copy_(2, positions, new[::every, last].transpose(1, 2))
+    if counter is not None:
+        counter.add_(key.shape[1])
 
 
 @kv_append.fake
@@ -111,8 +139,9 @@ def _(
     position: int,
     every: int = 1,
     positions: Tensor | None = None,
+    counter: Tensor | None = None,
 ) -> None:
-    check_append_kinds(key_cache, value_cache, key, value, positions)
+    check_append_kinds(key_cache, value_cache, key, value, positions, counter)
 
 
 def empty_caches(*shape: int, width: int, value_width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -156,5 +185,13 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
     )
     repeated = torch.arange(300) // 3
     yield Sample("many repeated", (*caches(1, 4, 100, 64, 64), new(1, 300, 4, 64), new(1, 300, 4, 64), 0, 1, repeated))
+    for stored in (torch.tensor(3), torch.tensor([0]), torch.tensor([[9, 2]])[:, 1:]):
+        caches_and_new = (*caches(3, 2, 7, 6, 5), new(3, 4, 2, 6), new(3, 4, 2, 5))
+        yield Sample(f"counter of {stored.tolist()}", (*caches_and_new, 0), {"counter": stored})
+    counted = {"every": 2, "counter": torch.tensor(60)}
+    yield Sample("counter, every 2", (*caches(5, 4, 100, 64, 64), new(4, 40, 4, 64), new(4, 40, 4, 64), 0), counted)
+    for rows, tokens in ((2, 0), (0, 2)):
+        shape = (rows, tokens, 2, 4)
+        yield Sample(f"counter, {shape}", (*caches(2, 2, 3, 4, 4), new(*shape), new(*shape), 0), {"counter": torch.tensor(1)})
     no_token = torch.empty(0, dtype=torch.int64)
     yield Sample("no positions", (*caches(1, 2, 3, 4, 4), new(1, 0, 2, 4), new(1, 0, 2, 4), 0, 1, no_token))

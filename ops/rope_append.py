@@ -13,7 +13,7 @@ from .operator import Sample, operator
 from .rope import check_rope, exact_heads, head_weight, rope, tables
 
 
-@operator(mutates=("key_cache", "value_cache"))
+@operator(mutates=("key_cache", "value_cache", "counter"))
 def rope_append(
     query: Tensor,
     key: Tensor,
@@ -32,18 +32,19 @@ def rope_append(
     key_weight: Tensor | None = None,
     eps: float = 1e-6,
     offset: float = 0.0,
+    counter: Tensor | None = None,
 ) -> Tensor:
     """`rope` of query and key, then `kv_append` of the rotated key and the value: the bits of the two steps apart.
 
     Args:
         query: [B, S, H, D] float32, bfloat16 or float16, any strides.
         key: [B, S, Hk, D] in the dtype of query, any strides.
-        value: [B, S, Hk, Dv] in the dtype of query; the last dimension contiguous.
+        value: [B, S, Hk, Dv] in the dtype of query, any strides.
         cos: [B|1, S, R or R / 2], or with position_ids a table [P, R or R / 2], as in `rope`.
         sin: the shape and dtype of cos.
         key_cache: [R, Hk, C, D] in the dtype of query, R at least B; the last dimension contiguous. Written to.
         value_cache: [R, Hk, C, Dv], likewise. Written to.
-        position: index in the cache of the first token written, 0 to C - S; 0 where positions is given.
+        position: index in the cache of the first token written, 0 to C - S; 0 where positions or counter is given.
         every: distance between the rows that are written to the cache, 1 = all.
         positions: int64 [S], the index in the cache of each token; None: position + s.
         position_ids: int64 [B|1, S], rows of the table that cos and sin are.
@@ -53,6 +54,8 @@ def rope_append(
         key_weight: [D], likewise of key; both weights or none.
         eps: of the norms, added to the mean square.
         offset: of the norms, added to the weights.
+        counter: int64, one element: the number of tokens that the cache holds, instead of positions; token s goes to
+            counter + s, and counter grows by S. Written to.
 
     Returns:
         The rotated query, contiguous [B, S, H, D] in the dtype of query.
@@ -63,7 +66,7 @@ def rope_append(
     rotated, rotated_key = rope.reference(
         query, key, cos, sin, position_ids, rotary_dim, interleaved, query_weight, key_weight, eps, offset
     )
-    kv_append.reference(key_cache, value_cache, rotated_key, value, position, every, positions)
+    kv_append.reference(key_cache, value_cache, rotated_key, value, position, every, positions, counter)
     return rotated
 
 
@@ -86,9 +89,10 @@ def _(
     key_weight: Tensor | None = None,
     eps: float = 1e-6,
     offset: float = 0.0,
+    counter: Tensor | None = None,
 ) -> Tensor:
     check_rope(query, key, cos, sin, position_ids, rotary_dim, query_weight, key_weight)
-    check_append_kinds(key_cache, value_cache, key, value, positions)
+    check_append_kinds(key_cache, value_cache, key, value, positions, counter)
     return query.new_empty(query.shape)
 
 
@@ -134,6 +138,8 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample(f"{name} norms", (*operands(), *cos_sin, *caches(), 6, 2), rope_options | norms)
         options = rope_options | norms | {"positions": torch.arange(S) // 2}
         yield Sample(f"{name} norms, repeated positions", (*operands(), *cos_sin, *caches(), 0), options)
+        counted: dict[str, Any] = {"counter": torch.tensor([5])}
+        yield Sample(f"{name} counter", (*operands(), *cos_sin, *caches(), 0), rope_options | counted)
     yield _strided(dtype)
 
 

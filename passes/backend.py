@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .executor import compile_graph
 from .folding import FoldedGraph, lift_folds
 from .nodes import val
 from .order import REWRITES, chosen
@@ -103,7 +104,7 @@ def _tell(report: RewriteReport, where: bool | list[RewriteReport]) -> None:
 
 def _run(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], codegen: str, mode: str | None) -> Callable[..., Any]:
     if codegen == "eager":
-        return gm.forward
+        return compile_graph(gm)
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

@@ -23,9 +23,11 @@ from .nodes import (
     fill_constants,
     insert_call,
     is_call,
+    is_known_contiguous,
     is_mutable,
     known_equal,
     mutated_roots,
+    named_arguments,
     replace,
     same_shape,
     size_of,
@@ -303,9 +305,26 @@ def _cat(node: Node) -> Any:
     return None if tuple(node.args) == (full, dim) else insert_call(node, aten.cat.default, full, dim)
 
 
+#: Casts that return their argument itself where it has the dtype asked for, unless they are told to copy.
+_CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
+
+
+def _is_argument(node: Node, new: Node) -> bool:
+    """Return whether a cast or ``contiguous`` gives its very argument, not a copy of it."""
+    if new is not node.args[0]:
+        return False
+    options = named_arguments(node)
+    layout = options.get("memory_format")
+    if node.target == aten.contiguous.default:
+        return layout == torch.contiguous_format and is_known_contiguous(val(new))
+    return node.target in _CASTS and not options.get("copy") and layout is None
+
+
 def _may_replace(node: Node, new: Node, mutated: set[Node]) -> bool:
     """Return whether a result may share the memory of `new` from now on (or did so before)."""
     if node.target in (aten.alias.default, aten.detach.default, aten.detach_.default) or node.target in VIEWS:
+        return True
+    if _is_argument(node, new):
         return True
     return storage_root(node) not in mutated and storage_root(new) not in mutated
 
@@ -364,8 +383,8 @@ def _share_views(gm: GraphModule, mutated: set[Node]) -> None:
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or (node.target not in VIEWS and node.target != aten.to.dtype):
             continue
-        if node.target == aten.to.dtype and storage_root(node) in mutated:
-            continue
+        if node.target in (aten.to.dtype, aten.reshape.default) and storage_root(node) in mutated:
+            continue  # it may be a copy
         key = (node.target, str(node.args), str(node.kwargs))  # names of nodes are unique
         if key in seen:
             replace(node, seen[key])

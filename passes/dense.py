@@ -88,7 +88,10 @@ def _gated(activation: str) -> Rewrite:
         return _gated_linear(x, gate_weight, up_weight, gate_bias, up_bias, activation)
 
     inputs = _variants(("gate_", "up_"))
-    return Rewrite(f"gated_linear, {activation}", pattern, replacement, inputs, SIZES, check=weights_are_dense)
+    needs = (aten.linear.default, _silu_mul if activation == "silu" else _gelu_mul)
+    return Rewrite(
+        f"gated_linear, {activation}", pattern, replacement, inputs, SIZES, check=weights_are_dense, needs=needs
+    )
 
 
 _FOLLOWED: dict[str, Callable[..., Tensor]] = {
@@ -112,7 +115,9 @@ def _followed(epilogue: str) -> Rewrite:
 
     inputs = _variants(("",), *(("other",) if epilogue in ("add", "mul") else ()))
     name = "linear" if epilogue == "none" else f"linear + {epilogue}"
-    return Rewrite(name, pattern, replacement, inputs, SIZES, check=weights_are_dense)
+    calls = {"relu": aten.relu, "silu": aten.silu, "gelu": aten.gelu, "gelu_tanh": aten.gelu}
+    needs = (aten.linear.default, *((calls[epilogue].default,) if epilogue in calls else ()))
+    return Rewrite(name, pattern, replacement, inputs, SIZES, check=weights_are_dense, needs=needs)
 
 
 def _is_plain(node: Node) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import ops
+from .nodes import aten
 from .rewrite import Examples, Rewrite
 
 _silu_mul = ops.silu_mul.overload
@@ -39,7 +40,7 @@ def _tanh_of_product(x: Tensor) -> Tensor:
 
 
 def _to_gelu_tanh(x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu.default(x, approximate="tanh")
+    return aten.gelu.default(x, approximate="tanh")
 
 
 def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
@@ -54,26 +55,31 @@ def _gelu_tanh_product(gate: Tensor, up: Tensor) -> Tensor:
     return functional.gelu(gate, approximate="tanh") * up
 
 
+_PAIRS = [_pair, _pair_of_rows]
+_SILU, _GELU = (aten.silu.default,), (aten.gelu.default,)
+
 ACTIVATIONS = (
-    Rewrite("gelu, tanh of a cube", _tanh_of_cube, _to_gelu_tanh, _one, SIZES),
-    Rewrite("gelu, tanh of a product", _tanh_of_product, _to_gelu_tanh, _one, SIZES),
+    Rewrite("gelu, tanh of a cube", _tanh_of_cube, _to_gelu_tanh, _one, SIZES, needs=(aten.tanh.default,)),
+    Rewrite("gelu, tanh of a product", _tanh_of_product, _to_gelu_tanh, _one, SIZES, needs=(aten.tanh.default,)),
     Rewrite(
         "silu of sigmoid",
         lambda x: x * torch.sigmoid(x),
-        lambda x: torch.ops.aten.silu.default(x),
+        lambda x: aten.silu.default(x),
         _one,
         SIZES,
+        needs=(aten.sigmoid.default,),
     ),
 )
 
 GATED = (
-    Rewrite("silu_mul", _silu_product, lambda gate, up: _silu_mul(gate, up), [_pair, _pair_of_rows], SIZES),
-    Rewrite("gelu_mul", _gelu_product, lambda gate, up: _gelu_mul(gate, up, "none"), [_pair, _pair_of_rows], SIZES),
+    Rewrite("silu_mul", _silu_product, lambda gate, up: _silu_mul(gate, up), _PAIRS, SIZES, needs=_SILU),
+    Rewrite("gelu_mul", _gelu_product, lambda gate, up: _gelu_mul(gate, up, "none"), _PAIRS, SIZES, needs=_GELU),
     Rewrite(
         "gelu_mul, tanh",
         _gelu_tanh_product,
         lambda gate, up: _gelu_mul(gate, up, "tanh"),
-        [_pair, _pair_of_rows],
+        _PAIRS,
         SIZES,
+        needs=_GELU,
     ),
 )

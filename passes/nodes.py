@@ -17,6 +17,9 @@ aten = torch.ops.aten
 #: Operators whose result may share memory with their first argument beyond what their schema says.
 _MAY_ALIAS = {aten.reshape.default, aten.contiguous.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout}
 
+#: Operators that read the sizes of a tensor only.
+_SIZES = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
+
 #: Operators that move no data (or need not): views, and what becomes one.
 VIEWS = {
     aten.reshape.default, aten.view.default, aten.permute.default, aten.slice.Tensor, aten.select.int,
@@ -55,6 +58,11 @@ def arguments(node: Node) -> list[Any]:
         else:
             full.append(node.kwargs.get(argument.name, argument.default_value))
     return full
+
+
+def named_arguments(node: Node) -> dict[str, Any]:
+    """Return all arguments of an operator call by name, defaults filled in."""
+    return {a.name: v for a, v in zip(node.target._schema.arguments, arguments(node), strict=True)}  # type: ignore[union-attr]
 
 
 def fake_mode_of(graph: Graph) -> FakeTensorMode | None:
@@ -155,3 +163,30 @@ def is_written_between(first: Node, last: Node, inputs: list[Node]) -> bool:
             return True
         node = node.next
     return False
+
+
+def is_read_between(first: Node, last: Node, inputs: list[Node]) -> bool:
+    """Return whether something after `first` and before `last` uses memory of one of the inputs, other than by a view of it."""
+    roots = {storage_root(x) for x in inputs}
+    node = first.next
+    while node is not last:
+        view = may_share_memory(node) and node.target not in _MAY_ALIAS and not is_mutable(node)
+        if not view and node.target not in _SIZES and any(storage_root(x) in roots for x in node.all_input_nodes):
+            return True
+        node = node.next
+    return False
+
+
+def has_dense_rows(tensor: torch.Tensor) -> bool:
+    """Return whether the elements of a fake tensor's last dimension are contiguous for every input."""
+    return known_equal(tensor.stride(-1), 1) or known_equal(tensor.shape[-1], 1)
+
+
+def is_known_contiguous(tensor: torch.Tensor) -> bool:
+    """Return whether a fake tensor is contiguous for every input, without adding a guard."""
+    expected: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not known_equal(stride, expected) and not known_equal(size, 1):
+            return False
+        expected = expected * size
+    return True

@@ -44,6 +44,11 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * _unit(x, eps).to(x.dtype)
 
 
+def _rms_promoted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The row meets the float32 root uncast; rounded before the weight."""
+    return weight * (x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 def _rms_once(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Rounded once, after the weight."""
     return (weight * _unit(x, eps)).to(x.dtype)
@@ -101,23 +106,34 @@ _ROWS = _variants("x", "weight")
 _LAYER = [*_variants("x", "weight", "bias"), *_variants("x", "weight"), *_variants("x", "bias"), *_variants("x")]
 _SUMS = _variants("x", "residual", "weight")
 
+_aten = torch.ops.aten
+_ROOT, _ROW_NORM, _LAYER_NORM = (_aten.rsqrt.default,), (_rms_norm,), (_layer_norm,)
+
 NORMS = (
-    Rewrite("rms_norm", _rms, _to_rms_norm, _ROWS, SIZES),
-    Rewrite("rms_norm, rounded once", _rms_once, _to_rms_norm, _ROWS, SIZES, any_dtype=("weight",)),
     Rewrite(
         "rms_norm of 1 + weight",
         _rms_offset,
         lambda x, weight, eps: _rms_norm(x, weight, eps, 1.0),
         _ROWS,
         SIZES,
+        needs=_ROOT,
     ),
-    Rewrite("layer_norm", _layer, _to_layer_norm, _LAYER, SIZES),
+    Rewrite("rms_norm", _rms, _to_rms_norm, _ROWS, SIZES, needs=_ROOT),
+    Rewrite("rms_norm, promoted", _rms_promoted, _to_rms_norm, _ROWS, SIZES, dtypes=(torch.bfloat16,), needs=_ROOT),
+    Rewrite("rms_norm, rounded once", _rms_once, _to_rms_norm, _ROWS, SIZES, any_dtype=("weight",), needs=_ROOT),
+    Rewrite("layer_norm", _layer, _to_layer_norm, _LAYER, SIZES, needs=(_aten.layer_norm.default,)),
 )
 
 ADDED_NORMS = (
-    Rewrite("add + rms_norm", _added, _to_add_rms_norm, _SUMS, SIZES, any_dtype=("weight",)),
+    Rewrite("add + rms_norm", _added, _to_add_rms_norm, _SUMS, SIZES, any_dtype=("weight",), needs=_ROW_NORM),
     Rewrite(
-        "add + rms_norm of 1 + weight", _added_offset, _to_add_rms_norm_offset, _SUMS, SIZES, any_dtype=("weight",)
+        "add + rms_norm of 1 + weight",
+        _added_offset,
+        _to_add_rms_norm_offset,
+        _SUMS,
+        SIZES,
+        any_dtype=("weight",),
+        needs=_ROW_NORM,
     ),
     Rewrite(
         "add + layer_norm",
@@ -129,5 +145,6 @@ ADDED_NORMS = (
             *_variants("x", "residual"),
         ],
         SIZES,
+        needs=_LAYER_NORM,
     ),
 )

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .attention import ATTENTION
 from .dense import GATED_LINEARS, LINEARS, PARALLEL_LINEARS
 from .folding import FOLDING
 from .gated import ACTIVATIONS, GATED
+from .kv_append import APPENDS
 from .linear import QUANTIZED
 from .norm import ADDED_NORMS, NORMS
 from .rewrite import GraphRewrite, Rewrite
 from .rope import NORMED_ROPES, ROPES
+from .rope_append import ROPE_APPENDS
 
 REWRITES: tuple[Rewrite | GraphRewrite, ...] = (
     *NORMS,
     *ACTIVATIONS,
     *ROPES,
     *NORMED_ROPES,
+    *ATTENTION,
+    *APPENDS,
+    *ROPE_APPENDS,
     *ADDED_NORMS,
     *GATED,
     *QUANTIZED,

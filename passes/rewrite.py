@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -19,8 +19,9 @@ from .canonical import canonicalize
 from .matching import Match, Miss, Pattern
 from .nodes import fake_mode_of, infer, is_written_between, same_shape, val
 
-#: dtypes that every pattern is traced with; bfloat16 stands for float16 too.
-DTYPES = (torch.float32, torch.bfloat16)
+#: dtypes that every pattern is traced with; bfloat16 stands for float16 too. It comes first: its casts make it the larger
+#: pattern, and the inner part of a 16-bit norm is a float32 norm.
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Examples:
@@ -64,6 +65,7 @@ class Rewrite:
         any_dtype: names of inputs whose dtype does not matter.
         check: returns why a match must not be replaced, or None.
         dtypes: of activations for which the pattern is traced.
+        needs: calls that every match contains; without them in the graph the pattern is not even traced.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Rewrite:
     any_dtype: tuple[str, ...] = ()
     check: Callable[[Match], str | None] = no_check
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    needs: tuple[Any, ...] = ()
 
     def __hash__(self) -> int:
         """Hash by identity: patterns are cached per rewrite."""
@@ -82,7 +85,7 @@ class Rewrite:
 
     def apply(self, gm: GraphModule, report: RewriteReport) -> None:
         """Replace every match, first to last."""
-        for pattern in patterns_of(self):
+        for pattern in self._patterns(gm):
             for anchor in gm.graph.find_nodes(op="call_function", target=pattern.outputs[0].target):
                 if anchor._erased:
                     continue
@@ -93,7 +96,19 @@ class Rewrite:
                         report.fired[self.name] += 1
                         continue
                     found = Miss(len(pattern.calls), reason)
-                report.near(self.name, anchor, found, len(pattern.calls))
+                report.near(self.name, anchor, found, len(pattern.calls) // len(pattern.outputs))
+
+    def _patterns(self, gm: GraphModule) -> Iterator[Pattern]:
+        """Yield the patterns, variants of one dtype after the other, that the graph may contain."""
+        variants = self.inputs if isinstance(self.inputs, Sequence) else [self.inputs]
+        nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
+        values = (node.meta.get("val") for node in nodes)
+        dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)}
+        dtypes |= {torch.bfloat16} if torch.float16 in dtypes else set()
+        if {node.target for node in nodes}.issuperset(self.needs):
+            for dtype in self.dtypes:
+                if dtype in dtypes:
+                    yield from (pattern_of(self, dtype, index) for index in range(len(variants)))
 
 
 @dataclass(frozen=True)
@@ -109,18 +124,14 @@ class GraphRewrite:
 
 
 @cache
-def patterns_of(rewrite: Rewrite) -> list[Pattern]:
-    """Return the traced patterns of a rewrite: every variant for every dtype, larger ones first."""
+def pattern_of(rewrite: Rewrite, dtype: torch.dtype, index: int) -> Pattern:
+    """Return a rewrite's traced pattern for a dtype of activations and one of its variants."""
     variants = rewrite.inputs if isinstance(rewrite.inputs, Sequence) else [rewrite.inputs]
     dims = {size: name for name, size in rewrite.sizes.items()}
     if len(dims) < len(rewrite.sizes) or min(dims, default=17) <= 16:
         raise ValueError(f"rewrite {rewrite.name}: sizes {dict(rewrite.sizes)} are not distinct and above 16")
-    made = []
-    for dtype in rewrite.dtypes:
-        for variant in variants:
-            inputs = variant(Examples(rewrite.sizes, dtype))
-            made.append(Pattern(rewrite.pattern, inputs, dims, rewrite.loose, rewrite.any_dtype, dtype))
-    return made
+    inputs = variants[index](Examples(rewrite.sizes, dtype))
+    return Pattern(rewrite.pattern, inputs, dims, rewrite.loose, rewrite.any_dtype, dtype)
 
 
 @dataclass

@@ -101,7 +101,8 @@ def _rope_rewrite(kind: str, heads_first: bool, partial: bool, float_tables: boo
         _inputs(heads_first, partial, columns, float_tables),
         SIZES,
         loose=("B",),
-        dtypes=(torch.bfloat16,) if float_tables else (torch.float32, torch.bfloat16),
+        needs=(aten.stack.default,) if interleaved else (aten.neg.default, aten.cat.default),
+        dtypes=(torch.bfloat16,) if float_tables else (torch.bfloat16, torch.float32),
     )
 
 
@@ -157,6 +158,7 @@ def _normed(offset: float) -> Rewrite:
         SIZES,
         loose=("B",),
         any_dtype=("query_weight", "key_weight", "cos", "sin"),
+        needs=(_rms_norm, _rope),
     )
 
 

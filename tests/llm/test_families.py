@@ -34,7 +34,7 @@ def test_float32_equals_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_float_model_calls_the_operators(name: str) -> None:
-    tiny, fast = MODELS[name], llm.optimize(tiny_model(name))
+    tiny, fast = MODELS[name], llm.optimize(tiny_model(name), deployment_mode=False)
     norm = "rms_norm" if FAMILIES[fast.config.model_type].norm.startswith("rms") else "layer_norm"
     expected = {norm: tiny.norms, "attention": 2}
     expected |= {"rope": 2} if tiny.rope else {}

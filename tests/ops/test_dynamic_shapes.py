@@ -67,6 +67,11 @@ def appended(batch: int, tokens: int, capacity: int) -> tuple[Tensor, ...]:
 APPENDED = ({0: B, 2: T}, {0: B, 2: T}, {0: B, 1: S}, {0: B, 1: S}, {0: S})
 
 
+def counted(batch: int, tokens: int, capacity: int) -> tuple[Tensor, ...]:
+    """Return what `appended` does, then the number of tokens that the caches hold."""
+    return *appended(batch, tokens, capacity), torch.tensor(capacity - tokens)
+
+
 def padding(batch: int, tokens: int, length: int) -> Tensor:
     return torch.arange(length) >= torch.arange(batch)[:, None] % 3
 
@@ -108,6 +113,15 @@ CASES = (
     ),
     Case("kv_append", lambda op, kc, vc, k, v, p: op(kc, vc, k, v, kc.shape[2] - k.shape[1]), appended, *APPENDED),
     Case("kv_append", lambda op, kc, vc, k, v, p: op(kc, vc, k, v, 0, 1, p), appended, *APPENDED),
+    Case("kv_append", lambda op, kc, vc, k, v, p, c: op(kc, vc, k, v, 0, counter=c), counted, *APPENDED, {}),
+    Case(
+        "rope_append",
+        lambda op, q, k, c, s, kc, vc, _, v, p, n: op(q, k, v, c, s, kc, vc, 0, counter=n),
+        lambda *sizes: (*heads(*sizes), *counted(*sizes)),
+        *HEADS,
+        *APPENDED,
+        {},
+    ),
     Case(
         "rope_append",
         lambda op, q, k, c, s, kc, vc, _, v, p: op(q, k, v, c, s, kc, vc, 0, 1, p, None, 0, False, HEAD, HEAD),

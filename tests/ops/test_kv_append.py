@@ -94,7 +94,21 @@ BAD += [
         lambda: ops.kv_append(CACHE, CACHE, NEW, NEW, 0, 1, torch.arange(4).int()),
         "positions has dtype int32; expected int64",
     ),
-    ("new stride", lambda: at(0, 1, 2, 3, key=NEW.mT.contiguous().mT), "key has stride 3 in its last"),
+]
+
+
+def counted(count: torch.Tensor, position: int = 0, positions: torch.Tensor | None = None) -> None:
+    ops.kv_append(CACHE, CACHE.clone(), NEW, NEW, position, 1, positions, count)
+
+
+BAD += [
+    ("large counter", lambda: counted(torch.tensor(3)), "counter 3 and 4 tokens do not fit .* capacity of 6"),
+    ("negative counter", lambda: counted(torch.tensor([-1])), "counter -1 and 4 tokens do not fit"),
+    ("wild counter", lambda: counted(torch.tensor(2**63 - 1)), "counter 9223372036854775807 and 4 tokens do not fit"),
+    ("counter, position", lambda: counted(torch.tensor(0), 2), "position is 2; expected 0, as counter says"),
+    ("both", lambda: counted(torch.tensor(0), 0, torch.arange(4)), "positions and counter are given; valid: one"),
+    ("counter dtype", lambda: counted(torch.tensor(0).int()), "counter has dtype int32; expected int64"),
+    ("counter shape", lambda: counted(torch.tensor([0, 0])), r"counter has shape \[2\]; expected one element"),
 ]
 
 
@@ -105,6 +119,25 @@ def test_nothing_is_written_when_a_position_is_bad(which: str, isa: str) -> None
     with pytest.raises(RuntimeError, match="positions has value 6"):
         append(cache, cache, new, new, 0, 1, torch.tensor([0, 1, 2, 6]))
     assert not cache.any()
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+def test_a_counter_that_does_not_fit_stays(which: str, isa: str) -> None:
+    cache, new, counter = torch.zeros(2, 3, 6, 8), torch.ones(2, 4, 3, 8), torch.tensor(2)
+    append = ops.kv_append if which == "kernel" else ops.kv_append.reference
+    append(cache, cache, new, new, 0, counter=counter)
+    assert counter == 6 and cache[:, :, 2:].all() and not cache[:, :, :2].any()
+    with pytest.raises(RuntimeError, match="counter 6 and 1 tokens do not fit"):
+        append(cache, cache, -new[:, :1], -new[:, :1], 0, counter=counter)
+    assert counter == 6 and cache.min() == 0
+
+
+def test_new_tokens_have_any_strides(isa: str) -> None:
+    key_cache, value_cache = torch.zeros(2, 2, 3, 9, 8).unbind(0)
+    key, value = torch.randn(2, 2, 8, 5, 3).permute(0, 1, 3, 4, 2).unbind(0)
+    ops.kv_append(key_cache, value_cache, key, value, 1)
+    assert torch.equal(key_cache[:, :, 1:6], key.transpose(1, 2))
+    assert torch.equal(value_cache[:, :, 1:6], value.transpose(1, 2))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 900])

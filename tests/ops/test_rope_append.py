@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "every": {"every": 2},
     "positions": {"positions": torch.tensor([1, 0, 10, 2, 3, 5])},
     "repeated": {"positions": torch.tensor([1, 0, 1, 0, 3, 1]), "every": 3},
+    "counter": {"counter": torch.tensor(5), "every": 2},
     "partial": {"rotary_dim": 22, "position": 1},
     "interleaved": {"rotary_dim": 22, "interleaved": True},
     "ids": {"position_ids": torch.tensor([[3, 1, 0, 2, 4, 5]])},
@@ -48,13 +49,16 @@ def test_equals_the_two_steps_apart(name: str, dtype: torch.dtype, threads: int,
     torch.set_num_threads(threads)
     try:
         together, apart = caches(dtype), caches(dtype)
-        rotated = ops.rope_append(query, key, value, cos, sin, *together, position, **options)
+        count = options.pop("counter", None)
+        counters = [None if count is None else count.clone() for _ in range(2)]
+        rotated = ops.rope_append(query, key, value, cos, sin, *together, position, counter=counters[0], **options)
         place = {n: options.pop(n) for n in ("every", "positions") if n in options}
         expected, expected_key = ops.rope(query, key, cos, sin, **options)
-        ops.kv_append(*apart, expected_key, value, position, **place)
+        ops.kv_append(*apart, expected_key, value, position, counter=counters[1], **place)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(rotated, expected) and rotated.is_contiguous()
+    assert count is None or counters == [count + S, count + S]
     for x, y in zip(together, apart, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
@@ -75,7 +79,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "key heads": ({"key": torch.randn(B, S, 3, D)}, r"key has shape .* expected \[any, any, 2, 48\]"),
     "key tokens": ({"key": torch.randn(B, 1, Hk, D)}, r"key has shape .* expected \[4, 6, any, 48\]"),
     "value width": ({"value": torch.randn(B, S, Hk, D)}, r"value has shape .* expected \[4, 6, 2, 40\]"),
-    "value stride": ({"value": torch.randn(B, S, Dv, Hk).mT}, "value has stride 2 in its last dimension"),
     "value dtype": ({"value": torch.randn(B, S, Hk, Dv).half()}, "value has dtype float16; expected float32"),
     "cache dtype": ({"key_cache": torch.zeros(B, Hk, C, D).half()}, "value_cache has dtype float32; expected float16"),
     "both caches": (
@@ -85,6 +88,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "capacity": ({"position": 6}, "position 6 and 6 tokens do not fit .* 11"),
     "position": ({"position": 1, "positions": torch.arange(S)}, "position is 1; expected 0"),
     "positions": ({"positions": torch.arange(S) + 6}, "positions has value 11; valid: 0 to 10"),
+    "counter": ({"counter": torch.tensor([6])}, "counter 6 and 6 tokens do not fit .* 11"),
+    "counter position": ({"counter": torch.tensor(2), "position": 2}, "position is 2; expected 0, as counter"),
+    "both": ({"counter": torch.tensor(0), "positions": torch.arange(S)}, "positions and counter are given"),
     "every": ({"every": 0}, "every is 0; expected at least 1"),
     "rows": (
         {"key_cache": torch.zeros(2, Hk, C, D), "value_cache": torch.zeros(2, Hk, C, Dv)},
