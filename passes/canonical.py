@@ -378,16 +378,16 @@ def _without_regions(gm: GraphModule) -> None:
 
 
 #: Calls that make a tensor and are worth sharing: layers repeat them on what they have in common.
-_SHARED = {aten.to.dtype, aten.repeat_interleave.self_int, aten.cos.default, aten.sin.default}
+SHARED = {aten.to.dtype, aten.repeat_interleave.self_int, aten.cos.default, aten.sin.default}
 
 
 def _share_views(gm: GraphModule, mutated: set[Node]) -> None:
     """Let equal views, casts and tables be made once."""
     seen: dict[Any, Node] = {}
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or (node.target not in VIEWS and node.target not in _SHARED):
+        if node.op != "call_function" or (node.target not in VIEWS and node.target not in SHARED):
             continue
-        if node.target in (*_SHARED, aten.reshape.default) and storage_root(node) in mutated:
+        if node.target in (*SHARED, aten.reshape.default) and storage_root(node) in mutated:
             continue  # it may be a copy
         key = (node.target, str(node.args), str(node.kwargs))  # names of nodes are unique
         if key in seen:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,14 @@ def test_ci_finds_the_commands() -> None:
         assert found == block(f"command: {name}")
 
 
-def test_the_python_example_runs() -> None:
+INSTALLED = "llmrt" in entry_points(group="torch_dynamo_backends").names
+NEEDS_ENTRY_POINT = pytest.mark.skipif(not INSTALLED, reason="llmrt is not installed, only importable")
+
+
+@pytest.mark.parametrize("example", ["python", pytest.param("compile", marks=NEEDS_ENTRY_POINT)])
+def test_the_python_examples_run(example: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    code = block("example: python")
+    code = block(f"example: {example}")
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "def main(" in result.stdout, result.stderr
 

@@ -1,11 +1,14 @@
 """Every test of this folder runs once per ISA tier that the machine has."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from llmrt import _C
 
+sys.path.insert(0, str(Path(__file__).parent))  # `from test_dynamic_shapes import ...` in the tests of this folder
 START = _C.cpu_isa()
 
 

@@ -86,6 +86,20 @@ def test_two_layers_pair_their_own_queries_and_keys(tokens: int) -> None:
     assert rewritten.calls["llmrt.rope.default"] == 2 and "aten.neg.default" not in rewritten.calls
 
 
+@pytest.mark.parametrize("form", ["interleaved", "interleaved, doubled table"])
+def test_layers_share_their_tables(form: str) -> None:
+    interleaved, doubled = FORMS[form]
+    rotate = rotation(True, 8, interleaved, doubled)
+
+    def function(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return rotate(*rotate(q, k, cos, sin), cos, sin)
+
+    rewritten = Rewritten(function)
+    args = operands(torch.bfloat16, 5, True, 8 if doubled else 4)
+    assert_close(rewritten(*args), function(*args), torch.bfloat16)
+    assert dict(rewritten.calls) == {"llmrt.rope.default": 2}
+
+
 def test_float32_tables_rotate_in_float32() -> None:
     function = rotation(True, 24, False, True)
     q, k, cos, sin = operands(torch.bfloat16, 5, True, 24)
