@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import _disable_current_modes
 
+from .capture import quiet_modes
 from .nodes import VIEWS, fake_mode_of, is_call, may_share_memory, mutated_roots, storage_root, val
 from .rewrite import GraphRewrite, RewriteReport
 
@@ -29,13 +28,6 @@ SMALL = 1 << 16
 
 class Unfoldable(Exception):
     """A value cannot be made into what a rewrite wants; the message is the reason."""
-
-
-@contextmanager
-def evaluation() -> Iterator[None]:
-    """Compute with real tensors, without the caller's dispatch modes, autocast and gradients."""
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        yield
 
 
 def is_pure(node: Node) -> bool:
@@ -162,7 +154,7 @@ class Fold:
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the constants for these tensors of the inputs; they share no memory with them."""
         given = iter(tensors)
-        with evaluation():
+        with quiet_modes():
             made = self._make(*(next(given) if held is None else held for held in self._held))
             return tuple(v.clone() if v._is_view() else v for v in made)
 
