@@ -91,7 +91,7 @@ CASES = (
     Case("silu_mul", lambda op, x, y: op(x, y), rows, *ROWS),
     Case("gelu_mul", lambda op, x, y: op(x[..., :32], x[..., 32:], "tanh"), rows, *ROWS),
     Case("dense_linear", lambda op, x, y: op(x, torch.eye(K), None, y, "add"), rows, *ROWS),
-    Case("parallel_linear", lambda op, x, y: op(x, [torch.eye(K), torch.ones(N, K)], []), rows, *ROWS),
+    Case("parallel_linear", lambda op, x, y: op(x, [torch.eye(K), torch.ones(N, K)], [None, None]), rows, *ROWS),
     Case("gated_linear", lambda op, x, y: op(x, torch.eye(K), torch.eye(K), None, None, "silu"), rows, *ROWS),
     Case("quant_linear", lambda op, x, y: op(x, PACKED, None, None, str(LAYOUT), N, "fp32", "gelu"), rows, *ROWS),
     Case("quant_linear", lambda op, x, y: op(x, PACKED, None, y[..., :N], str(LAYOUT), N, "fp32", "add"), rows, *ROWS),
