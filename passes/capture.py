@@ -1,6 +1,6 @@
 """Captures a Python function as a graph: ATen and llmrt operators before dispatch, sizes and integers symbolic.
 
-What the function decided by looking at a size holds for other sizes only as far as the recorded guards say; `Captured.holds`
+What the function decided by looking at a size holds for other sizes only as far as the recorded guards say; `Captured.condition`
 evaluates them.
 """
 

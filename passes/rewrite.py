@@ -83,6 +83,11 @@ class Rewrite:
         """Hash by identity: patterns are cached per rewrite."""
         return id(self)
 
+    @property
+    def variants(self) -> Sequence[Callable[[Examples], Mapping[str, Any]]]:
+        """Return the functions that make example inputs."""
+        return self.inputs if isinstance(self.inputs, Sequence) else [self.inputs]
+
     def apply(self, gm: GraphModule, report: RewriteReport) -> None:
         """Replace every match, first to last."""
         for pattern in self._patterns(gm):
@@ -100,7 +105,6 @@ class Rewrite:
 
     def _patterns(self, gm: GraphModule) -> Iterator[Pattern]:
         """Yield the patterns, variants of one dtype after the other, that the graph may contain."""
-        variants = self.inputs if isinstance(self.inputs, Sequence) else [self.inputs]
         nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
         values = (node.meta.get("val") for node in nodes)
         dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)}
@@ -108,7 +112,7 @@ class Rewrite:
         if {node.target for node in nodes}.issuperset(self.needs):
             for dtype in self.dtypes:
                 if dtype in dtypes:
-                    yield from (pattern_of(self, dtype, index) for index in range(len(variants)))
+                    yield from (pattern_of(self, dtype, index) for index in range(len(self.variants)))
 
 
 @dataclass(frozen=True)
@@ -126,11 +130,10 @@ class GraphRewrite:
 @cache
 def pattern_of(rewrite: Rewrite, dtype: torch.dtype, index: int) -> Pattern:
     """Return a rewrite's traced pattern for a dtype of activations and one of its variants."""
-    variants = rewrite.inputs if isinstance(rewrite.inputs, Sequence) else [rewrite.inputs]
     dims = {size: name for name, size in rewrite.sizes.items()}
     if len(dims) < len(rewrite.sizes) or min(dims, default=17) <= 16:
         raise ValueError(f"rewrite {rewrite.name}: sizes {dict(rewrite.sizes)} are not distinct and above 16")
-    inputs = variants[index](Examples(rewrite.sizes, dtype))
+    inputs = rewrite.variants[index](Examples(rewrite.sizes, dtype))
     return Pattern(rewrite.pattern, inputs, dims, rewrite.loose, rewrite.any_dtype, dtype)
 
 
