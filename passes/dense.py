@@ -26,23 +26,28 @@ _gelu_mul = ops.gelu_mul.overload
 SIZES = {"B": 61, "S": 67, "K": 48, "N": 71}
 
 
+def _transposed_weight(x: Any) -> Node | None:
+    """Return the constant or input [N, K] that `x` [K, N] is the transpose of, or None."""
+    if not is_call(x, aten.permute.default) or val(x).dim() != 2:
+        return None
+    return x.args[0] if x.args[0].op in ("placeholder", "get_attr") else None
+
+
 @form(aten.matmul.default, aten.mm.default)
 def _product_is_linear(node: Node) -> Any:
     """``x @ weight.T`` in the spelling of a linear."""
-    x, weight = node.args[:2]
-    transposed = is_call(weight, aten.permute.default) and val(weight).dim() == 2
-    if not transposed or weight.args[0].op not in ("placeholder", "get_attr"):  # type: ignore[union-attr]
-        return None
-    return insert_call(node, aten.linear.default, x, weight.args[0])  # type: ignore[union-attr]
+    x, y = node.args[:2]
+    weight = _transposed_weight(y)
+    return None if weight is None else insert_call(node, aten.linear.default, x, weight)
 
 
 @form(aten.addmm.default)
 def _sum_is_linear(node: Node) -> Any:
-    bias, x, weight, *rest = arguments(node)
-    transposed = is_call(weight, aten.permute.default) and rest == [1, 1] and val(bias).dim() == 1
-    if not transposed or weight.args[0].op not in ("placeholder", "get_attr"):
+    bias, x, y, *factors = arguments(node)
+    weight = _transposed_weight(y)
+    if weight is None or factors != [1, 1] or val(bias).dim() != 1:
         return None
-    return insert_call(node, aten.linear.default, x, weight.args[0], bias)
+    return insert_call(node, aten.linear.default, x, weight, bias)
 
 
 def _variants(with_bias: Sequence[str], *extra: str) -> list[Callable[[Examples], dict[str, Any]]]:
