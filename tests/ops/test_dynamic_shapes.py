@@ -190,7 +190,8 @@ def test_one_graph_for_all_sizes(case: Case, trace: Callable[..., Any]) -> None:
         actual = outputs(module(inputs))
         expected = outputs(case.function(OPERATORS[case.name].reference, *copies))
         assert all(x.is_contiguous() for x in (*actual, *expected)), "the fake kernels say so"
-        torch.testing.assert_close([*actual, *inputs], [*expected, *copies], rtol=2e-5, atol=2e-5)
+        # Products of two sums of K float32 terms (silu_mul) reach 100, where another order of adding shows at 1e-5.
+        torch.testing.assert_close([*actual, *inputs], [*expected, *copies], rtol=2e-5, atol=1e-4)
 
 
 def test_every_operator_has_a_case() -> None:
