@@ -1,5 +1,6 @@
 // One table of kernels per ISA tier; the entry points call through `tier()`. See tiers/*.cpp for who fills it.
 #pragma once
+#include "argmax.h"
 #include "attention.h"
 #include "dense.h"
 #include "gated.h"
@@ -19,6 +20,7 @@ struct Tier {
   GatedKernels gated;
   AttentionKernels attention;
   PeakKernels peaks;
+  ArgmaxKernels argmax;
 };
 
 extern const Tier tier_avx2, tier_avx512_vnni, tier_avx512_bf16;

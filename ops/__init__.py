@@ -1,5 +1,6 @@
 """The meaning of every operator: schema, fake kernel, reference and sample inputs, in plain torch."""
 
+from .argmax import argmax
 from .attention import attention
 from .dense import dense_linear, gated_linear, parallel_linear
 from .formats import FORMATS, Layout, dequantize, interleave_gate_up, quantize
@@ -18,6 +19,7 @@ __all__ = [
     "Operator",
     "add_layer_norm",
     "add_rms_norm",
+    "argmax",
     "attention",
     "dense_linear",
     "dequantize",
