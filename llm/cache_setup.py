@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from . import attention
 from .cache import KVCache
+from .stand_in import StandIn
 
 
 def _is_default(implementation: str | None, stored: Any) -> bool:
@@ -14,18 +14,14 @@ def _is_default(implementation: str | None, stored: Any) -> bool:
     return implementation in (None, "dynamic") or implementation == stored.cache_implementation == "hybrid"
 
 
-class CacheSetup:
+class CacheSetup(StandIn):
     """Stands for a model's `_prepare_cache_for_generation`: where `generate` would make a DynamicCache, it gets a `KVCache`."""
-
-    def __init__(self, model: Any) -> None:
-        """Refer to the model weakly, so that deleting it frees it."""
-        self._model: weakref.ref[Any] = weakref.ref(model)
 
     def __call__(
         self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
         """Put a cache into model_kwargs, as the method of transformers' GenerationMixin does."""
-        model: Any = self._model()
+        model = self.model
         ours = (
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False
@@ -39,12 +35,3 @@ class CacheSetup:
         beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = KVCache(model.config, max_length=max(1, max_cache_length), beams=beams)
         return None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CacheSetup:
-        """Belong to the copy of the model."""
-        model = self._model()
-        return CacheSetup(memo.get(id(model), model))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a reference to the model."""
-        return CacheSetup, (self._model(),)

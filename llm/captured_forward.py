@@ -74,6 +74,7 @@ class Call:
     def __post_init__(self) -> None:
         """Read the sizes."""
         rows, first = self.cache.rows, self.cache.layers[0]
+        self.stored = [layer for layer in self.cache.layers if layer.is_initialized]
         batch, tokens = self.ids.shape
         cache_rows, _, capacity, _ = first.key_cache.shape
         table = rows.table
@@ -105,9 +106,8 @@ class Call:
             inputs.append(rows.beams)
         if key.every:
             inputs.append(self.every)
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                inputs += (layer.key_cache, layer.value_cache)
+        for layer in self.stored:
+            inputs += (layer.key_cache, layer.value_cache)
         return inputs
 
 
@@ -217,6 +217,10 @@ class CapturedForward:
             else:
                 raise CaptureError(f"the output's {name} is a {type(value).__name__}")
         return tensors
+
+    def place(self, name: str) -> int:
+        """Return where among the graph's outputs a field of the output object stands."""
+        return dict(self._fields)[name]
 
     def output(self, tensors: list[Tensor], cache: KVCache) -> Any:
         """Return the output object."""

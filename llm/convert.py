@@ -12,6 +12,7 @@ from torch import nn
 from . import attention, trial
 from .cache_setup import CacheSetup
 from .deployment import Deployment
+from .greedy import Generate
 from .linear import LinearGroup, QuantLinear, SiblingLinear
 from .mlp import GatedMLP, QuantGatedMLP
 from .norm import convert_norm
@@ -153,6 +154,8 @@ class Converter:
             plan.report.add("", "forward", "graphs, captured from the first calls")
             model.forward = Deployment(model, self.strict)
             self.undo.append(lambda: delattr(model, "forward"))
+            model.generate = Generate(model)
+            self.undo.append(lambda: delattr(model, "generate"))
 
     def _untie(self) -> None:
         """A quantized head is no longer tied to the embedding: say so where transformers would tie it again."""

@@ -11,7 +11,6 @@ import copy
 import inspect
 import threading
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from . import attention
 from .cache import KVCache
 from .captured_forward import Call, CapturedForward, CaptureError, Key, Kinds, learn_kinds
 from .model_state import ModelState, Snapshot
+from .stand_in import StandIn
 
 T = TypeVar("T")
 
@@ -50,17 +50,17 @@ def undeployable(model: Any) -> str | None:
     return None
 
 
-class Deployment:
+class Deployment(StandIn):
     """Stands for a model's `forward`."""
 
     def __init__(self, model: Any, strict: bool = False) -> None:
-        """Refer to the model weakly, so that deleting it frees it.
+        """Capture nothing yet.
 
         Args:
             model: optimized, with llmrt's attention.
             strict: raise instead of warning when a forward cannot be captured.
         """
-        self._model: weakref.ref[Any] = weakref.ref(model)
+        super().__init__(model, strict)
         self._strict = strict
         forward = inspect.signature(type(model).forward)
         self.__signature__ = forward.replace(parameters=list(forward.parameters.values())[1:])
@@ -87,15 +87,15 @@ class Deployment:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a graph if one covers the call, else the modules."""
-        model: Any = self._model()
-        if not torch.compiler.is_compiling() and self._usual(model, args, kwargs):
+        model = self.model
+        if not torch.compiler.is_compiling() and self.is_usual(model, args, kwargs):
             out = self._deployed(model, args[0] if args else kwargs.get("input_ids"), kwargs)
             if out is not None:
                 return out
         return type(model).forward(model, *args, **kwargs)
 
     @staticmethod
-    def _usual(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def is_usual(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether the arguments and torch's state are those of inference with a `KVCache`."""
         if type(kwargs.get("past_key_values")) is not KVCache or len(args) > 1 or model.training:
             return False
@@ -110,6 +110,31 @@ class Deployment:
 
     def _deployed(self, model: Any, ids: Any, kwargs: dict[str, Any]) -> Any:
         """Return the output of a graph, or None if none covers the call."""
+        found = self.prepared(model, ids, kwargs)
+        if found is None:
+            return None
+        call, graph = found
+        try:
+            tensors = graph.run(*call.inputs())
+        except Exception as error:  # the modules, run over the same tokens, say better what is wrong
+            out = type(model).forward(model, ids, **{k: v for k, v in kwargs.items() if k != "input_ids"})
+            self._refuse(call.key, error)
+            return out
+        for layer in call.stored:
+            layer.length += call.sizes[1]
+        return graph.output(tensors, call.cache)
+
+    def prepared(self, model: Any, ids: Any, kwargs: dict[str, Any]) -> tuple[Call, CapturedForward] | None:
+        """Return a usual call, with room for its tokens in the cache, and the graph that covers it; None if none does.
+
+        Args:
+            model: the one that this stands for.
+            ids: int64 [B, S].
+            kwargs: the other arguments of forward.
+
+        Raises:
+            ValueError: the cache does not fit.
+        """
         cache = kwargs["past_key_values"]
         if type(ids) is not Tensor or ids.dim() != 2 or ids.device.type != "cpu" or not ids.numel():
             return None
@@ -120,18 +145,7 @@ class Deployment:
         if call is None:
             return None
         graph = next((g for g in self._graphs.get(call.key, ()) if g.fits(*call.sizes)), None) or self._new(model, call)
-        if graph is None:
-            return None
-        try:
-            tensors = graph.run(*call.inputs())
-        except Exception as error:  # the modules, run over the same tokens, say better what is wrong
-            out = type(model).forward(model, ids, **{k: v for k, v in kwargs.items() if k != "input_ids"})
-            self._refuse(call.key, error)
-            return out
-        for layer in cache.layers:
-            if layer.is_initialized:
-                layer.length += call.sizes[1]
-        return graph.output(tensors, cache)
+        return None if graph is None else (call, graph)
 
     def _ready(self, model: Any, thoroughly: bool) -> bool:
         """Return whether graphs may be used; forget them if the model changed."""
@@ -286,13 +300,4 @@ class Deployment:
         if reason not in self._reasons.values():
             warnings.warn(message, stacklevel=2)
         self._reasons[key] = reason
-        self._tell(self._model())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Deployment:
-        """Belong to the copy of the model, which captures for itself."""
-        model = self._model()
-        return Deployment(memo.get(id(model), model), self._strict)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a reference to the model."""
-        return Deployment, (self._model(), self._strict)
+        self._tell(self.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import statistics
@@ -12,10 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
 from .. import _C
 from . import doctor
+from .timing import StepClock
 
 
 @dataclass(frozen=True)
@@ -150,10 +158,10 @@ class Timing:
 
 
 class Stopwatch:
-    """Runs `generate` on random tokens and times every token, through a hook that only notes when a forward pass starts.
+    """Runs `generate` on random tokens and times every token, through a stopping criterion that only notes the time.
 
-    A token's latency runs from the start of its forward pass to the start of the next one, so that the choice of the token
-    and the loop around the model count; the first token's starts with the call of `generate`.
+    A token's latency runs from one token's choice to the next one's, so that the loop around the model counts; the first token's
+    starts with the call of `generate`.
     """
 
     def __init__(self, model: PreTrainedModel, load: Workload, seed: int = 0) -> None:
@@ -179,28 +187,28 @@ class Stopwatch:
         """Time one `generate` call.
 
         Raises:
-            RuntimeError: `generate` made another number of forward passes than tokens.
+            RuntimeError: `generate` made another number of steps than tokens.
         """
-        stamps: list[float] = []
+        clock = StepClock()
         kept = self.model.generation_config
         self.model.generation_config = self.settings
         try:
             extra = {"past_key_values": self._prefix()} if self.load.depth else {}
-            hook = self.model.register_forward_pre_hook(lambda *_: stamps.append(time.perf_counter()))
-            try:
-                start = time.perf_counter()
-                self.model.generate(
-                    self.tokens, attention_mask=torch.ones_like(self.tokens), generation_config=self.settings, **extra
-                )
-                end = time.perf_counter()
-            finally:
-                hook.remove()
+            start = time.perf_counter()
+            self.model.generate(
+                self.tokens,
+                attention_mask=torch.ones_like(self.tokens),
+                generation_config=self.settings,
+                stopping_criteria=StoppingCriteriaList([clock]),
+                **extra,
+            )
+            end = time.perf_counter()
         finally:
             self.model.generation_config = kept
-        if len(stamps) != self.load.new:
-            raise RuntimeError(f"generate ran {len(stamps)} forward passes for {self.load.new} tokens")
-        ends = [*stamps[1:], end]
-        return Timing(ends[0] - start, tuple(b - a for a, b in zip(stamps[1:], ends[1:], strict=True)))
+        if len(clock.stamps) != self.load.new:
+            raise RuntimeError(f"generate made {len(clock.stamps)} steps for {self.load.new} tokens")
+        stamps = [*clock.stamps[:-1], end]
+        return Timing(stamps[0] - start, tuple(b - a for a, b in itertools.pairwise(stamps)))
 
     def _prefix(self) -> Any:
         """Return a cache, of the kind that the model uses by default, that holds the first `depth` tokens."""

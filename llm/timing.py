@@ -51,7 +51,7 @@ def _count(tokens: int) -> str:
     return f"{tokens} token{'' if tokens == 1 else 's'}"
 
 
-class _StepClock(StoppingCriteria):
+class StepClock(StoppingCriteria):
     """Notes the time of every step and never stops: unlike a streamer it also works with beams."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ def generate_timed(
             f"input_ids has shape {list(input_ids.shape)}; expected [batch, tokens] with at least one token"
         )
     cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-    clock = _StepClock()
+    clock = StepClock()
     criteria = StoppingCriteriaList([*options.pop("stopping_criteria", ()), clock])
     start = time.perf_counter()
     output = model.generate(
