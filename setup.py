@@ -14,6 +14,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 TIERS = {  # tier file in csrc/tiers -> instruction set flags
     "avx2": AVX2,
+    "avx_vnni": [*AVX2, "-mavxvnni"],
     "avx512_vnni": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }

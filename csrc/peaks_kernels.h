@@ -38,6 +38,14 @@ double fp32_chains(int64_t iterations) {
 
 #else
 
+#if defined(__AVXVNNI__)
+double int8_chains(int64_t iterations) {
+  const __m256i x = _mm256_set1_epi8(1);
+  return run_chains(iterations, _mm256_setzero_si256(), 64, [x](__m256i& sum) {
+    __asm__ volatile("%{vex%} vpdpbusd %1, %1, %0" : "+x"(sum) : "x"(x));
+  });
+}
+#else
 // vpmaddubsw adds pairs of u8 x s8 products to int16, vpmaddwd pairs of those to int32. Counted are the 32
 // multiply-adds of the dot product, not the multiplications by one.
 double int8_chains(int64_t iterations) {
@@ -49,6 +57,7 @@ double int8_chains(int64_t iterations) {
                      : "x"(x), "x"(ones));
   });
 }
+#endif
 double fp32_chains(int64_t iterations) {
   const __m256 x = _mm256_set1_ps(1);
   return run_chains(iterations, _mm256_setzero_ps(), 16, [x](__m256& sum) {
