@@ -1,7 +1,10 @@
 // The choice of the ISA tier, and the Python module llmrt._C.
 #include <cpuid.h>
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -9,6 +12,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "tier.h"
 
@@ -35,15 +39,16 @@ constexpr Cpu kAvx512Vnni =
     kAvx2 | Cpu{0, bit(16) | bit(17) | bit(30) | bit(31), bit(11), 0, 0, bit(5) | bit(6) | bit(7)};
 constexpr Cpu kAvx512Bf16 = kAvx512Vnni | Cpu{0, 0, 0, 0, bit(5), 0};
 
+// BF16, TILE, INT8; tile registers.
+constexpr Cpu kAmx = kAvx512Bf16 | Cpu{0, 0, 0, bit(22) | bit(24) | bit(25), 0, kTileState};
+
 struct Row {
   const Tier* tier;
   Cpu needs;
 };
 const Row kTiers[] = {
     // best first
-    {&tier_avx512_bf16, kAvx512Bf16},
-    {&tier_avx512_vnni, kAvx512Vnni},
-    {&tier_avx_vnni, kAvxVnni},
+    {&tier_amx, kAmx},   {&tier_avx512_bf16, kAvx512Bf16}, {&tier_avx512_vnni, kAvx512Vnni}, {&tier_avx_vnni, kAvxVnni},
     {&tier_avx2, kAvx2},
 };
 
@@ -51,6 +56,12 @@ bool has(const Cpu& cpu, const Cpu& needs) {
   const Cpu both = cpu | needs;
   return both.leaf1_ecx == cpu.leaf1_ecx && both.leaf7_ebx == cpu.leaf7_ebx && both.leaf7_ecx == cpu.leaf7_ecx &&
          both.leaf7_edx == cpu.leaf7_edx && both.leaf7_1_eax == cpu.leaf7_1_eax && both.xcr0 == cpu.xcr0;
+}
+
+// Linux gives a process tile registers only when it asks; false where it refuses.
+bool ask_for_tile_registers() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h; bit of XCR0
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 Cpu detect() {
@@ -63,6 +74,7 @@ Cpu detect() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
   cpu.leaf7_ebx = b, cpu.leaf7_ecx = c, cpu.leaf7_edx = d;
   if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.leaf7_1_eax = a;
+  if (has(cpu, kAmx) && !ask_for_tile_registers()) cpu.xcr0 &= ~kTileState;
   return cpu;
 }
 
@@ -71,11 +83,19 @@ const Cpu& this_cpu() {
   return cpu;
 }
 
+constexpr Cpu kEverything = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+
 std::string supported_names(const Cpu& cpu) {
   std::string names;
   for (const Row& row : kTiers)
     if (has(cpu, row.needs)) names += std::string(row.tier->name) + ", ";
   return names + "reference";
+}
+
+// Tiers out of other shared objects: never chosen, only forced by name.
+std::vector<const Tier*>& added() {
+  static std::vector<const Tier*> tiers;
+  return tiers;
 }
 
 // Returns false where the name is unknown or the CPU lacks the tier.
@@ -84,6 +104,8 @@ bool find(const char* name, const Tier*& found) {
   if (!strcmp(name, "reference")) return true;
   for (const Row& row : kTiers)
     if (!strcmp(name, row.tier->name) && has(this_cpu(), row.needs)) found = row.tier;
+  for (const Tier* tier : added())
+    if (!strcmp(name, tier->name)) found = tier;
   return found;
 }
 
@@ -97,8 +119,12 @@ const Tier* choose() {
   const char* name = getenv("LLMRT_CPU_ISA");
   const Tier* found = nullptr;
   if (name && *name) {
-    if (!find(name, found))
-      start_error() = "LLMRT_CPU_ISA=" + std::string(name) + "; valid here: " + supported_names(this_cpu());
+    if (!find(name, found)) {
+      const bool known =
+          (", " + supported_names(kEverything) + ",").find(", " + std::string(name) + ",") != std::string::npos;
+      start_error() = "LLMRT_CPU_ISA=" + std::string(name) + (known ? ", which this CPU or system lacks" : "") +
+                      "; valid here: " + supported_names(this_cpu());
+    }
     return found;
   }
   for (const Row& row : kTiers)
@@ -114,6 +140,8 @@ const Tier*& current() {
 PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(current() ? current()->name : "reference"); }
 
 PyObject* isas(PyObject*, PyObject*) { return PyUnicode_FromString(supported_names(this_cpu()).c_str()); }
+
+PyObject* compiled_isas(PyObject*, PyObject*) { return PyUnicode_FromString(supported_names(kEverything).c_str()); }
 
 PyObject* isas_of(PyObject*, PyObject* args, PyObject* keywords) {
   static const char* names[] = {"leaf1_ecx", "leaf7_ebx", "leaf7_ecx", "leaf7_edx", "leaf7_1_eax", "xcr0", nullptr};
@@ -135,6 +163,21 @@ PyObject* force_isa(PyObject*, PyObject* argument) {
                         supported_names(this_cpu()).c_str());
   current() = found;
   Py_RETURN_NONE;
+}
+
+PyObject* add_isa(PyObject*, PyObject* argument) {
+  PyObject* bytes = PyUnicode_AsUTF8String(argument);
+  if (!bytes) return nullptr;
+  const std::string path = PyBytes_AsString(bytes);
+  Py_DECREF(bytes);
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) return PyErr_Format(PyExc_ValueError, "path is '%s': %s", path.c_str(), dlerror());
+  const auto get = (const Tier* (*)(size_t))dlsym(library, "llmrt_tier");
+  const Tier* tier = get ? get(sizeof(Tier)) : nullptr;
+  if (!tier)
+    return PyErr_Format(PyExc_ValueError, "path is '%s': no llmrt_tier built from these sources", path.c_str());
+  added().push_back(tier);
+  return PyUnicode_FromString(tier->name);
 }
 
 PyObject* peak(PyObject*, PyObject* args, PyObject* keywords) {
@@ -163,11 +206,15 @@ PyObject* peak(PyObject*, PyObject* args, PyObject* keywords) {
 PyMethodDef methods[] = {
     {"cpu_isa", isa, METH_NOARGS, "The ISA tier in use, or 'reference'."},
     {"cpu_isas", isas, METH_NOARGS, "The ISA tiers that this CPU supports, best first, comma separated."},
+    {"compiled_cpu_isas", compiled_isas, METH_NOARGS,
+     "The ISA tiers that are compiled in, best first, comma separated."},
     {"cpu_isas_of", (PyCFunction)(void (*)(void))isas_of, METH_VARARGS | METH_KEYWORDS,
      "cpu_isas_of(*, leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, xcr0): as cpu_isas, of the CPU with "
      "these "
      "CPUID words and this XCR0."},
     {"force_cpu_isa", force_isa, METH_O, "Switch to another supported tier (packed weights fit every tier)."},
+    {"add_cpu_isa", add_isa, METH_O,
+     "Load the tier of a shared object, which only force_cpu_isa chooses (tests: emulated instructions); its name."},
     {"measure_peak", (PyCFunction)(void (*)(void))peak, METH_VARARGS | METH_KEYWORDS,
      "measure_peak(kind, threads, seconds): int8, bf16 or fp32 operations per second, or bytes read per second."},
     {nullptr, nullptr, 0, nullptr},

@@ -219,7 +219,9 @@ void multiply(const MultiplyArgs& a, int64_t row0, int64_t row1, int64_t block0,
   }
 }
 
-constexpr LinearKernels linear_kernels = {kBlockRows, kBf16Products, kPanelBytes, prepare_activations, multiply};
+int64_t block_rows(Compute, int64_t) { return kBlockRows; }
+
+constexpr LinearKernels linear_kernels = {block_rows, kBf16Products, kPanelBytes, prepare_activations, multiply};
 
 }  // namespace
 }  // namespace llmrt
