@@ -14,8 +14,10 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 TIERS = {  # tier file in csrc/tiers -> instruction set flags
     "avx2": AVX2,
+    "avx_vnni": [*AVX2, "-mavxvnni"],
     "avx512_vnni": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 # Tier objects keep every symbol but their table local, so that no inline function compiled for a larger CPU is shared.
 TIER_FLAGS = [
@@ -73,28 +75,29 @@ class BuildTiers(BuildExtension):
         super().build_extensions()
 
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "llmrt._C",
-            sorted(glob("csrc/*.cpp")),
-            depends=glob("csrc/*.h"),
-            include_dirs=[os.path.abspath("csrc")],
-            py_limited_api=True,
-            extra_compile_args=[
-                "-std=c++20",
-                "-O3",
-                "-fopenmp",
-                "-g0",
-                "-fvisibility=hidden",
-                "-Wall",
-                "-Wno-unknown-pragmas",
-                "-Wno-maybe-uninitialized",
-                "-DTORCH_TARGET_VERSION=0x020d000000000000",
-            ],
-            extra_link_args=["-fopenmp"],
-        )
-    ],
-    cmdclass={"build_ext": BuildTiers},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":  # tests read the tables above
+    setup(
+        ext_modules=[
+            CppExtension(
+                "llmrt._C",
+                sorted(glob("csrc/*.cpp")),
+                depends=glob("csrc/*.h"),
+                include_dirs=[os.path.abspath("csrc")],
+                py_limited_api=True,
+                extra_compile_args=[
+                    "-std=c++20",
+                    "-O3",
+                    "-fopenmp",
+                    "-g0",
+                    "-fvisibility=hidden",
+                    "-Wall",
+                    "-Wno-unknown-pragmas",
+                    "-Wno-maybe-uninitialized",
+                    "-DTORCH_TARGET_VERSION=0x020d000000000000",
+                ],
+                extra_link_args=["-fopenmp"],
+            )
+        ],
+        cmdclass={"build_ext": BuildTiers},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -1,7 +1,10 @@
 // The choice of the ISA tier, and the Python module llmrt._C.
 #include <cpuid.h>
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -9,56 +12,100 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "tier.h"
 
 namespace llmrt {
 namespace {
 
-const Tier* const kTiers[] = {&tier_avx512_bf16, &tier_avx512_vnni, &tier_avx2};  // best first
-
+// The words of CPUID (leaf 1 and leaf 7, subleaves 0 and 1) and XCR0, the register state that the system saves; 0 where
+// the CPU has no such leaf.
 struct Cpu {
-  bool avx2 = false, avx512_vnni = false, avx512_bf16 = false;
+  unsigned leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, xcr0;
 };
 
-// What both the CPU and the operating system (XCR0: saved register state) support.
+constexpr unsigned bit(int i) { return 1u << i; }
+constexpr Cpu operator|(const Cpu& a, const Cpu& b) {
+  return {a.leaf1_ecx | b.leaf1_ecx, a.leaf7_ebx | b.leaf7_ebx,     a.leaf7_ecx | b.leaf7_ecx,
+          a.leaf7_edx | b.leaf7_edx, a.leaf7_1_eax | b.leaf7_1_eax, a.xcr0 | b.xcr0};
+}
+
+constexpr unsigned kTileState = bit(17) | bit(18);
+constexpr Cpu kAvx2 = {bit(12) | bit(27) | bit(29), bit(5), 0, 0, 0, bit(1) | bit(2)};  // FMA, OSXSAVE, F16C; AVX2
+constexpr Cpu kAvxVnni = kAvx2 | Cpu{0, 0, 0, 0, bit(4), 0};
+// F, DQ, BW, VL; VNNI; mask and zmm registers.
+constexpr Cpu kAvx512Vnni =
+    kAvx2 | Cpu{0, bit(16) | bit(17) | bit(30) | bit(31), bit(11), 0, 0, bit(5) | bit(6) | bit(7)};
+constexpr Cpu kAvx512Bf16 = kAvx512Vnni | Cpu{0, 0, 0, 0, bit(5), 0};
+
+// BF16, TILE, INT8; tile registers.
+constexpr Cpu kAmx = kAvx512Bf16 | Cpu{0, 0, 0, bit(22) | bit(24) | bit(25), 0, kTileState};
+
+struct Row {
+  const Tier* tier;
+  Cpu needs;
+};
+const Row kTiers[] = {
+    // best first
+    {&tier_amx, kAmx},   {&tier_avx512_bf16, kAvx512Bf16}, {&tier_avx512_vnni, kAvx512Vnni}, {&tier_avx_vnni, kAvxVnni},
+    {&tier_avx2, kAvx2},
+};
+
+bool has(const Cpu& cpu, const Cpu& needs) {
+  const Cpu both = cpu | needs;
+  return both.leaf1_ecx == cpu.leaf1_ecx && both.leaf7_ebx == cpu.leaf7_ebx && both.leaf7_ecx == cpu.leaf7_ecx &&
+         both.leaf7_edx == cpu.leaf7_edx && both.leaf7_1_eax == cpu.leaf7_1_eax && both.xcr0 == cpu.xcr0;
+}
+
+// Linux gives a process tile registers only when it asks; false where it refuses.
+bool ask_for_tile_registers() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h; bit of XCR0
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 Cpu detect() {
-  Cpu cpu;
+  Cpu cpu{};
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return cpu;
-  const bool fma = c & (1u << 12), osxsave = c & (1u << 27), f16c = c & (1u << 29);
-  if (!osxsave) return cpu;
-  unsigned low, high;
-  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  const bool ymm = (low & 6) == 6, zmm = (low & 0xe6) == 0xe6;
+  cpu.leaf1_ecx = c;
+  if (!(c & bit(27))) return cpu;  // OSXSAVE: without it there is no xgetbv
+  __asm__ volatile("xgetbv" : "=a"(cpu.xcr0), "=d"(d) : "c"(0));
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
-  cpu.avx2 = ymm && fma && f16c && (b & (1u << 5));
-  const bool f = b & (1u << 16), dq = b & (1u << 17), bw = b & (1u << 30), vl = b & (1u << 31), vnni = c & (1u << 11);
-  cpu.avx512_vnni = cpu.avx2 && zmm && f && dq && bw && vl && vnni;
-  if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.avx512_bf16 = cpu.avx512_vnni && (a & (1u << 5));
+  cpu.leaf7_ebx = b, cpu.leaf7_ecx = c, cpu.leaf7_edx = d;
+  if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.leaf7_1_eax = a;
+  if (has(cpu, kAmx) && !ask_for_tile_registers()) cpu.xcr0 &= ~kTileState;
   return cpu;
 }
 
-bool supported(const Tier* t) {
+const Cpu& this_cpu() {
   static const Cpu cpu = detect();
-  if (t == &tier_avx512_bf16) return cpu.avx512_bf16;
-  if (t == &tier_avx512_vnni) return cpu.avx512_vnni;
-  return cpu.avx2;
+  return cpu;
 }
 
-std::string supported_names() {
+constexpr Cpu kEverything = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+
+std::string supported_names(const Cpu& cpu) {
   std::string names;
-  for (const Tier* t : kTiers)
-    if (supported(t)) names += (names.empty() ? "" : ", ") + std::string(t->name);
-  return names + (names.empty() ? "" : ", ") + "reference";
+  for (const Row& row : kTiers)
+    if (has(cpu, row.needs)) names += std::string(row.tier->name) + ", ";
+  return names + "reference";
+}
+
+// Tiers out of other shared objects: never chosen, only forced by name.
+std::vector<const Tier*>& added() {
+  static std::vector<const Tier*> tiers;
+  return tiers;
 }
 
 // Returns false where the name is unknown or the CPU lacks the tier.
 bool find(const char* name, const Tier*& found) {
   found = nullptr;
   if (!strcmp(name, "reference")) return true;
-  for (const Tier* t : kTiers)
-    if (!strcmp(name, t->name) && supported(t)) found = t;
+  for (const Row& row : kTiers)
+    if (!strcmp(name, row.tier->name) && has(this_cpu(), row.needs)) found = row.tier;
+  for (const Tier* tier : added())
+    if (!strcmp(name, tier->name)) found = tier;
   return found;
 }
 
@@ -72,11 +119,16 @@ const Tier* choose() {
   const char* name = getenv("LLMRT_CPU_ISA");
   const Tier* found = nullptr;
   if (name && *name) {
-    if (!find(name, found)) start_error() = "LLMRT_CPU_ISA=" + std::string(name) + "; valid here: " + supported_names();
+    if (!find(name, found)) {
+      const bool known =
+          (", " + supported_names(kEverything) + ",").find(", " + std::string(name) + ",") != std::string::npos;
+      start_error() = "LLMRT_CPU_ISA=" + std::string(name) + (known ? ", which this CPU or system lacks" : "") +
+                      "; valid here: " + supported_names(this_cpu());
+    }
     return found;
   }
-  for (const Tier* t : kTiers)
-    if (supported(t)) return t;
+  for (const Row& row : kTiers)
+    if (has(this_cpu(), row.needs)) return row.tier;
   return nullptr;
 }
 
@@ -87,7 +139,18 @@ const Tier*& current() {
 
 PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(current() ? current()->name : "reference"); }
 
-PyObject* isas(PyObject*, PyObject*) { return PyUnicode_FromString(supported_names().c_str()); }
+PyObject* isas(PyObject*, PyObject*) { return PyUnicode_FromString(supported_names(this_cpu()).c_str()); }
+
+PyObject* compiled_isas(PyObject*, PyObject*) { return PyUnicode_FromString(supported_names(kEverything).c_str()); }
+
+PyObject* isas_of(PyObject*, PyObject* args, PyObject* keywords) {
+  static const char* names[] = {"leaf1_ecx", "leaf7_ebx", "leaf7_ecx", "leaf7_edx", "leaf7_1_eax", "xcr0", nullptr};
+  Cpu cpu{};
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "$IIIIII", const_cast<char**>(names), &cpu.leaf1_ecx, &cpu.leaf7_ebx,
+                                   &cpu.leaf7_ecx, &cpu.leaf7_edx, &cpu.leaf7_1_eax, &cpu.xcr0))
+    return nullptr;
+  return PyUnicode_FromString(supported_names(cpu).c_str());
+}
 
 PyObject* force_isa(PyObject*, PyObject* argument) {
   PyObject* bytes = PyUnicode_AsUTF8String(argument);
@@ -97,9 +160,24 @@ PyObject* force_isa(PyObject*, PyObject* argument) {
   const Tier* found;
   if (!find(name.c_str(), found) || !found || !current())
     return PyErr_Format(PyExc_ValueError, "cannot switch to ISA tier '%s'; valid here: %s", name.c_str(),
-                        supported_names().c_str());
+                        supported_names(this_cpu()).c_str());
   current() = found;
   Py_RETURN_NONE;
+}
+
+PyObject* add_isa(PyObject*, PyObject* argument) {
+  PyObject* bytes = PyUnicode_AsUTF8String(argument);
+  if (!bytes) return nullptr;
+  const std::string path = PyBytes_AsString(bytes);
+  Py_DECREF(bytes);
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) return PyErr_Format(PyExc_ValueError, "path is '%s': %s", path.c_str(), dlerror());
+  const auto get = (const Tier* (*)(size_t))dlsym(library, "llmrt_tier");
+  const Tier* tier = get ? get(sizeof(Tier)) : nullptr;
+  if (!tier)
+    return PyErr_Format(PyExc_ValueError, "path is '%s': no llmrt_tier built from these sources", path.c_str());
+  added().push_back(tier);
+  return PyUnicode_FromString(tier->name);
 }
 
 PyObject* peak(PyObject*, PyObject* args, PyObject* keywords) {
@@ -128,7 +206,15 @@ PyObject* peak(PyObject*, PyObject* args, PyObject* keywords) {
 PyMethodDef methods[] = {
     {"cpu_isa", isa, METH_NOARGS, "The ISA tier in use, or 'reference'."},
     {"cpu_isas", isas, METH_NOARGS, "The ISA tiers that this CPU supports, best first, comma separated."},
+    {"compiled_cpu_isas", compiled_isas, METH_NOARGS,
+     "The ISA tiers that are compiled in, best first, comma separated."},
+    {"cpu_isas_of", (PyCFunction)(void (*)(void))isas_of, METH_VARARGS | METH_KEYWORDS,
+     "cpu_isas_of(*, leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, xcr0): as cpu_isas, of the CPU with "
+     "these "
+     "CPUID words and this XCR0."},
     {"force_cpu_isa", force_isa, METH_O, "Switch to another supported tier (packed weights fit every tier)."},
+    {"add_cpu_isa", add_isa, METH_O,
+     "Load the tier of a shared object, which only force_cpu_isa chooses (tests: emulated instructions); its name."},
     {"measure_peak", (PyCFunction)(void (*)(void))peak, METH_VARARGS | METH_KEYWORDS,
      "measure_peak(kind, threads, seconds): int8, bf16 or fp32 operations per second, or bytes read per second."},
     {nullptr, nullptr, 0, nullptr},

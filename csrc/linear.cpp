@@ -54,7 +54,7 @@ struct Grid {
 
 void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
   const LinearKernels& kernels = tier().linear;
-  const int64_t rows = kernels.block_rows;
+  const int64_t rows = kernels.block_rows(a.compute, M);
   const int64_t fitting = std::clamp(kChunkBytes / sizes.row_bytes, 4 * rows, kChunkRows) / rows * rows;
   const Grid grid{M, M <= rows ? rows : fitting, a.weight.blocks};
   const int64_t row_blocks = (M + rows - 1) / rows, scratch_bytes = kernels.panel_bytes + grid.chunk * 128;

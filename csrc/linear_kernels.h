@@ -137,24 +137,18 @@ __attribute__((noinline)) void tile_floats(const TileArgs& t) {
 
 using Tile = void (*)(const TileArgs&);
 struct TileTable {
-  Tile of[kBlockRows + 1];  // by R
+  Tile of[13];  // by R; those above kBlockRows are not called
 };
-#if defined(__AVX512F__)
+constexpr int at_most_block(int R) { return R < kBlockRows ? R : kBlockRows; }
+#define LLMRT_TILE(f, R, x, y) f<at_most_block(R), x, y>
 #define LLMRT_TILES(f, x, y)                                                                                   \
   {                                                                                                            \
     {                                                                                                          \
-      nullptr, f<1, x, y>, f<2, x, y>, f<3, x, y>, f<4, x, y>, f<5, x, y>, f<6, x, y>, f<7, x, y>, f<8, x, y>, \
-          f<9, x, y>, f<10, x, y>, f<11, x, y>, f<12, x, y>                                                    \
+      nullptr, LLMRT_TILE(f, 1, x, y), LLMRT_TILE(f, 2, x, y), LLMRT_TILE(f, 3, x, y), LLMRT_TILE(f, 4, x, y), \
+          LLMRT_TILE(f, 5, x, y), LLMRT_TILE(f, 6, x, y), LLMRT_TILE(f, 7, x, y), LLMRT_TILE(f, 8, x, y),      \
+          LLMRT_TILE(f, 9, x, y), LLMRT_TILE(f, 10, x, y), LLMRT_TILE(f, 11, x, y), LLMRT_TILE(f, 12, x, y)    \
     }                                                                                                          \
   }
-#else
-#define LLMRT_TILES(f, x, y)                                  \
-  {                                                           \
-    {                                                         \
-      nullptr, f<1, x, y>, f<2, x, y>, f<3, x, y>, f<4, x, y> \
-    }                                                         \
-  }
-#endif
 constexpr TileTable kBytes[2][2] = {{LLMRT_TILES(tile_bytes, false, false), LLMRT_TILES(tile_bytes, false, true)},
                                     {LLMRT_TILES(tile_bytes, true, false), LLMRT_TILES(tile_bytes, true, true)}};
 constexpr TileTable kNibbles[2] = {LLMRT_TILES(tile_nibbles, false, false), LLMRT_TILES(tile_nibbles, false, true)};
@@ -165,6 +159,7 @@ constexpr TileTable kPairs = LLMRT_TILES(tile_floats, true, false);
 constexpr TileTable kPairs = kFloats;  // never called: see kBf16Products
 #endif
 #undef LLMRT_TILES
+#undef LLMRT_TILE
 
 // Bias, activation and residual on C [rows][32], then the output's columns of this block of 32 outputs.
 void finish(const MultiplyArgs& a, int64_t row0, int64_t rows, int64_t block, const float* C) {
@@ -224,7 +219,9 @@ void multiply(const MultiplyArgs& a, int64_t row0, int64_t row1, int64_t block0,
   }
 }
 
-constexpr LinearKernels linear_kernels = {kBlockRows, kBf16Products, kPanelBytes, prepare_activations, multiply};
+int64_t block_rows(Compute, int64_t) { return kBlockRows; }
+
+constexpr LinearKernels linear_kernels = {block_rows, kBf16Products, kPanelBytes, prepare_activations, multiply};
 
 }  // namespace
 }  // namespace llmrt

@@ -20,6 +20,13 @@ inline Source source_of(const PrepareArgs& a, int64_t position, int64_t length) 
   return {k0, count < length ? count : length};
 }
 
+// A vector of a segment's positions, from position i on.
+inline F32 load_inputs(const void* x, DType dtype, Source source, int64_t i) {
+  const int64_t left = source.count - i;
+  if (left >= F32::lanes) return load(x, dtype, source.k0 + i);
+  return left > 0 ? load(x, dtype, source.k0 + i, left) : F32::zero();
+}
+
 // Symmetric int8 of up to 128 values: scale absmax / 127. The largest magnitude is taken over the bits, so that NaN
 // wins and reaches the result through the scale.
 inline float quantize_segment(const void* x, DType dtype, Source source, int64_t length, int8_t* codes,
@@ -29,10 +36,7 @@ inline float quantize_segment(const void* x, DType dtype, Source source, int64_t
   I32 largest = I32::zero();
   const int64_t vectors = length / L;
   for (int64_t i = 0; i < vectors; i++) {
-    const int64_t left = source.count - i * L;
-    values[i] = left >= L  ? load(x, dtype, source.k0 + i * L)
-                : left > 0 ? load(x, dtype, source.k0 + i * L, left)
-                           : F32::zero();
+    values[i] = load_inputs(x, dtype, source, i * L);
     largest = max(largest, bits_of(values[i]) & I32::set1(0x7fffffff));
   }
   const int32_t bits = max_of(largest);
@@ -80,10 +84,7 @@ void prepare_float_row(const PrepareArgs& a, const PackedWeight& w, const void* 
   for (int64_t p = 0; p < w.tiles * kTileK; p += w.segment) {
     const Source source = source_of(a, p, w.segment);
     for (int64_t i = 0; i < w.segment; i += F32::lanes) {
-      const int64_t left = source.count - i;
-      const F32 v = left >= F32::lanes ? load(x, a.dtype, source.k0 + i)
-                    : left > 0         ? load(x, a.dtype, source.k0 + i, left)
-                                       : F32::zero();
+      const F32 v = load_inputs(x, a.dtype, source, i);
       store(buffer + i, v);
       store(narrow + i, v);
       if (a.round_to_bf16) store(buffer + i, load(narrow + i));

@@ -61,7 +61,11 @@ inline F32 as_float(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 
 #else  // AVX2
 
-constexpr int64_t kBlockRows = 4;  // 4 rows x 2 vectors = 8 accumulators of 16 registers
+#if defined(__AVXVNNI__)
+constexpr int64_t kBlockRows = 6;  // 12 accumulators, 2 vectors of weights and a broadcast: 15 of 16 registers
+#else
+constexpr int64_t kBlockRows = 4;  // 8 accumulators, as the dot product takes registers too
+#endif
 
 struct I32 {
   __m256i v;
@@ -102,6 +106,13 @@ inline void store_saturated(int8_t* p, I32 a) {
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(x, x));
 }
 
+#if defined(__AVXVNNI__)
+// acc + for each lane the dot product of 4 unsigned and 4 signed bytes.
+template <bool wide>
+inline void dot(I32& acc, I32 w, I32 a) {
+  acc.v = _mm256_dpbusd_avx_epi32(acc.v, w.v, a.v);
+}
+#else
 // vpmaddubsw saturates at 16 bits: never for 4-bit codes (2 * 15 * 127); 8-bit codes (`wide`) go as two nibbles.
 template <bool wide>
 inline void dot(I32& acc, I32 w, I32 a) {
@@ -115,6 +126,7 @@ inline void dot(I32& acc, I32 w, I32 a) {
     acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(_mm256_maddubs_epi16(w.v, a.v), ones));
   }
 }
+#endif
 inline F32 as_float(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
 
 #endif

@@ -2,6 +2,10 @@
 #include "peaks.h"
 #include "vec.h"
 
+#if defined(__AMX_INT8__)
+#include "amx.h"
+#endif
+
 namespace llmrt {
 namespace {
 
@@ -21,7 +25,28 @@ inline double run_chains(int64_t iterations, Vector zero, double operations, Ste
   return (double)iterations * kChains * operations;
 }
 
-#if defined(__AVX512F__)
+#if defined(__AMX_INT8__)
+
+// 4 accumulators of 16 x 16, to which a step adds products of depth 64 (int8) or 32 (bf16). The factors are zero.
+template <class Step>
+inline double run_tiles(int64_t iterations, double depth, Step step) {
+  const TileRegisters registers(2 * kRegisterRows, kRegisterRowBytes);
+  _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
+  _tile_zero(4), _tile_zero(5), _tile_zero(6), _tile_zero(7);
+  for (int64_t n = 0; n < iterations; n++) step();
+  return (double)iterations * 4 * 2 * 16 * 16 * depth;
+}
+double int8_chains(int64_t iterations) {
+  return run_tiles(iterations, 64,
+                   [] { _tile_dpbsud(0, 4, 6), _tile_dpbsud(1, 4, 7), _tile_dpbsud(2, 5, 6), _tile_dpbsud(3, 5, 7); });
+}
+double bf16_chains(int64_t iterations) {
+  return run_tiles(iterations, 32, [] {
+    _tile_dpbf16ps(0, 4, 6), _tile_dpbf16ps(1, 4, 7), _tile_dpbf16ps(2, 5, 6), _tile_dpbf16ps(3, 5, 7);
+  });
+}
+
+#elif defined(__AVX512F__)
 
 double int8_chains(int64_t iterations) {
   const __m512i x = _mm512_set1_epi8(1);
@@ -29,6 +54,11 @@ double int8_chains(int64_t iterations) {
     __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(sum) : "v"(x));
   });
 }
+
+#endif
+
+#if defined(__AVX512F__)
+
 double fp32_chains(int64_t iterations) {
   const __m512 x = _mm512_set1_ps(1);
   return run_chains(iterations, _mm512_setzero_ps(), 32, [x](__m512& sum) {
@@ -38,6 +68,14 @@ double fp32_chains(int64_t iterations) {
 
 #else
 
+#if defined(__AVXVNNI__)
+double int8_chains(int64_t iterations) {
+  const __m256i x = _mm256_set1_epi8(1);
+  return run_chains(iterations, _mm256_setzero_si256(), 64, [x](__m256i& sum) {
+    __asm__ volatile("%{vex%} vpdpbusd %1, %1, %0" : "+x"(sum) : "x"(x));
+  });
+}
+#else
 // vpmaddubsw adds pairs of u8 x s8 products to int16, vpmaddwd pairs of those to int32. Counted are the 32
 // multiply-adds of the dot product, not the multiplications by one.
 double int8_chains(int64_t iterations) {
@@ -49,6 +87,7 @@ double int8_chains(int64_t iterations) {
                      : "x"(x), "x"(ones));
   });
 }
+#endif
 double fp32_chains(int64_t iterations) {
   const __m256 x = _mm256_set1_ps(1);
   return run_chains(iterations, _mm256_setzero_ps(), 16, [x](__m256& sum) {
@@ -58,7 +97,8 @@ double fp32_chains(int64_t iterations) {
 
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_INT8__)  // above
+#elif defined(__AVX512BF16__)
 double bf16_chains(int64_t iterations) {
   const __m512i x = _mm512_set1_epi16(0x3f80);  // 1
   return run_chains(iterations, _mm512_setzero_ps(), 64, [x](__m512& sum) {

@@ -23,7 +23,7 @@ struct Tier {
   ArgmaxKernels argmax;
 };
 
-extern const Tier tier_avx2, tier_avx512_vnni, tier_avx512_bf16;
+extern const Tier tier_avx2, tier_avx_vnni, tier_avx512_vnni, tier_avx512_bf16, tier_amx;
 
 // The table in use: the best that CPU and OS support, or the lower one that LLMRT_CPU_ISA names; null where the CPU is
 // below AVX2 or LLMRT_CPU_ISA=reference (then no CPU kernel is registered and the Python references run).

@@ -47,3 +47,62 @@ def test_unknown_tier_is_refused_with_the_valid_ones() -> None:
 def test_switching_at_run_time_refuses_unknown_tiers() -> None:
     with pytest.raises(ValueError, match="cannot switch to ISA tier 'sse'"):
         _C.force_cpu_isa("sse")
+
+
+#: feature -> register and bit, from Intel's manual, volume 2A, CPUID; register state: XCR0, volume 1, chapter 13.
+FEATURES = {
+    "fma": ("leaf1_ecx", 12),
+    "osxsave": ("leaf1_ecx", 27),
+    "f16c": ("leaf1_ecx", 29),
+    "avx2": ("leaf7_ebx", 5),
+    "avx512f": ("leaf7_ebx", 16),
+    "avx512dq": ("leaf7_ebx", 17),
+    "avx512bw": ("leaf7_ebx", 30),
+    "avx512vl": ("leaf7_ebx", 31),
+    "avx512_vnni": ("leaf7_ecx", 11),
+    "amx_bf16": ("leaf7_edx", 22),
+    "amx_tile": ("leaf7_edx", 24),
+    "amx_int8": ("leaf7_edx", 25),
+    "avx_vnni": ("leaf7_1_eax", 4),
+    "avx512_bf16": ("leaf7_1_eax", 5),
+    "xmm_state": ("xcr0", 1),
+    "ymm_state": ("xcr0", 2),
+    "mask_state": ("xcr0", 5),
+    "zmm_low_state": ("xcr0", 6),
+    "zmm_high_state": ("xcr0", 7),
+    "tile_configuration_state": ("xcr0", 17),
+    "tile_data_state": ("xcr0", 18),
+}
+YMM = {"osxsave", "xmm_state", "ymm_state"}
+ZMM = YMM | {"mask_state", "zmm_low_state", "zmm_high_state"}
+TILES = ZMM | {"tile_configuration_state", "tile_data_state"}
+HASWELL = {"fma", "f16c", "avx2"}
+ALDER_LAKE = HASWELL | {"avx_vnni"}
+SKYLAKE_X = HASWELL | {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
+CASCADE_LAKE = SKYLAKE_X | {"avx512_vnni"}
+ZEN_4 = COOPER_LAKE = CASCADE_LAKE | {"avx512_bf16"}
+ZEN_5 = ZEN_4 | {"avx_vnni"}
+SAPPHIRE_RAPIDS = ZEN_5 | {"amx_tile", "amx_int8", "amx_bf16"}
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        pytest.param({"fma", "f16c"} | YMM, "reference", id="before AVX2"),
+        pytest.param(HASWELL | YMM, "avx2, reference", id="Haswell"),
+        pytest.param(HASWELL, "reference", id="Haswell, ymm registers are not saved"),
+        pytest.param(HASWELL - {"fma"} | YMM, "reference", id="AVX2 without FMA"),
+        pytest.param(ALDER_LAKE | YMM, "avx_vnni, avx2, reference", id="Alder Lake"),
+        pytest.param(SKYLAKE_X | ZMM, "avx2, reference", id="Skylake-X"),
+        pytest.param(CASCADE_LAKE | ZMM, "avx512_vnni, avx2, reference", id="Cascade Lake"),
+        pytest.param(CASCADE_LAKE | YMM, "avx2, reference", id="Cascade Lake, zmm registers are not saved"),
+        pytest.param(ZEN_4 | ZMM, "avx512_bf16, avx512_vnni, avx2, reference", id="Zen 4, Cooper Lake"),
+        pytest.param(ZEN_5 | ZMM, "avx512_bf16, avx512_vnni, avx_vnni, avx2, reference", id="Zen 5"),
+        pytest.param(ZEN_5 | YMM, "avx_vnni, avx2, reference", id="Zen 5, zmm registers are not saved"),
+    ],
+)
+def test_tiers_of_other_cpus(features: set[str], expected: str) -> None:
+    words = dict.fromkeys(("leaf1_ecx", "leaf7_ebx", "leaf7_ecx", "leaf7_edx", "leaf7_1_eax", "xcr0"), 0)
+    for register, bit in (FEATURES[name] for name in features):
+        words[register] |= 1 << bit
+    assert _C.cpu_isas_of(**words) == expected

@@ -18,23 +18,28 @@ def run(call, sample: Sample) -> list[torch.Tensor]:
     ]
 
 
+def compare_with_double(op: Operator, sample: Sample) -> None:
+    """Compare an operator's outputs, and the arguments it may mutate, with those of its reference in float64."""
+    expected = run(op.reference, sample.clone() if op.exact else sample.clone().double())
+    actual = run(op, sample.clone())
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        # The result in double rounded to the output's dtype: one rounding of difference, plus float32 arithmetic.
+        rtol = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(a.dtype, 0)
+        torch.testing.assert_close(
+            a.double() if a.is_floating_point() else a,
+            e.double() if e.is_floating_point() else e,
+            rtol=rtol,
+            atol=rtol,
+            equal_nan=True,
+            msg=lambda m: f"{sample.name}: {m}",
+        )
+
+
 @pytest.mark.parametrize(("op", "dtype"), CASES)
 def test_equals_reference_in_double(op: Operator, dtype: torch.dtype, isa: str) -> None:
     for sample in op.sample_inputs(dtype):
-        expected = run(op.reference, sample.clone() if op.exact else sample.clone().double())
-        actual = run(op, sample.clone())
-        assert len(actual) == len(expected)
-        for a, e in zip(actual, expected, strict=True):
-            # The result in double rounded to the output's dtype: one rounding of difference, plus float32 arithmetic.
-            rtol = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(a.dtype, 0)
-            torch.testing.assert_close(
-                a.double() if a.is_floating_point() else a,
-                e.double() if e.is_floating_point() else e,
-                rtol=rtol,
-                atol=rtol,
-                equal_nan=True,
-                msg=lambda m: f"{sample.name}: {m}",  # noqa: B023
-            )
+        compare_with_double(op, sample)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
