@@ -6,6 +6,7 @@
 #include "linear.h"
 #include "norm.h"
 #include "peaks.h"
+#include "quantize_weight.h"
 #include "rope.h"
 
 namespace llmrt {
@@ -19,6 +20,7 @@ struct Tier {
   GatedKernels gated;
   AttentionKernels attention;
   PeakKernels peaks;
+  QuantizeKernels quantize;
 };
 
 extern const Tier tier_avx2, tier_avx512_vnni, tier_avx512_bf16;

@@ -5,8 +5,10 @@
 #include "linear_kernels.h"
 #include "norm_kernels.h"
 #include "peaks_kernels.h"
+#include "quantize_weight_kernels.h"
 #include "rope_kernels.h"
 #include "tier.h"
 
-const llmrt::Tier llmrt::tier_avx512_bf16 = {"avx512_bf16", linear_kernels, dense_kernels,     norm_kernels,
-                                             rope_kernels,  gated_kernels,  attention_kernels, peak_kernels};
+const llmrt::Tier llmrt::tier_avx512_bf16 = {"avx512_bf16",     linear_kernels, dense_kernels,
+                                             norm_kernels,      rope_kernels,   gated_kernels,
+                                             attention_kernels, peak_kernels,   quantize_kernels};
