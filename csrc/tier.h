@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "norm.h"
 #include "peaks.h"
+#include "quantize_weight.h"
 #include "rope.h"
 
 namespace llmrt {
@@ -21,6 +22,7 @@ struct Tier {
   AttentionKernels attention;
   PeakKernels peaks;
   ArgmaxKernels argmax;
+  QuantizeKernels quantize;
 };
 
 extern const Tier tier_avx2, tier_avx_vnni, tier_avx512_vnni, tier_avx512_bf16, tier_amx;

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.formats import Layout, check_canonical, interleave_gate_up, quantize, split_gate_up
+from ..ops.formats import Layout, check_canonical, interleave_gate_up, split_gate_up
 
 _quant_linear = ops.quant_linear.overload
 _pack = ops.pack_weight
 _unpack = ops.unpack_weight
-#: Weight elements quantized at once: 1 MB as float32, of which quantizing makes about four copies.
-CHUNK = 1 << 18
+_quantize = ops.quantize_weight
 
 
 class Canonical(NamedTuple):
@@ -107,29 +106,18 @@ class CanonicalLinear(nn.Module):
 Source = nn.Linear | CanonicalLinear
 
 
-def quantize_rows(weight: Tensor, scheme: Scheme) -> Canonical:
-    """Quantize [N, K] a few rows at a time."""
-    rows, out_features = max(1, CHUNK // weight.shape[1]), weight.shape[0]
-    result: Canonical | None = None
-    for start in range(0, out_features, rows):
-        part = Canonical(*quantize(weight.detach()[start : start + rows], scheme.layout, scheme.fullrange))
-        if result is None:  # the whole is allocated once: parts kept in a list would split up the heap
-            if part.qweight.shape[0] == out_features:
-                return part
-            result = Canonical(*(None if t is None else t.new_empty((out_features, t.shape[1])) for t in part))  # type: ignore[arg-type]
-        for whole, new in zip(result, part, strict=True):
-            if whole is not None and new is not None:
-                whole[start : start + new.shape[0]] = new
-    if result is None:
-        raise ValueError(f"weight has shape {list(weight.shape)}; expected at least one row")
-    return result
+def quantized(weight: Tensor, scheme: Scheme) -> Canonical:
+    """Return [N, K] rounded to the scheme's format."""
+    weight = weight.detach() if weight.dtype != torch.float64 else weight.detach().float()
+    codes, scales, zeros = _quantize(weight, str(scheme.layout), scheme.fullrange)
+    return Canonical(codes, scales, zeros if scheme.layout.asymmetric else None)
 
 
 def canonical_of(linear: Source, scheme: Scheme) -> Canonical:
     """Return the canonical tensors of a linear: quantized now, or as loaded."""
     if isinstance(linear, CanonicalLinear):
         return linear.canonical()
-    return quantize_rows(linear.weight, scheme)
+    return quantized(linear.weight, scheme)
 
 
 def concatenate(parts: Sequence[Canonical]) -> Canonical:

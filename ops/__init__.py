@@ -9,6 +9,7 @@ from .kv_append import kv_append
 from .linear import pack_weight, quant_linear, unpack_weight
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .operator import OPERATORS, Operator
+from .quantize_weight import quantize_weight
 from .rope import rope
 from .rope_append import rope_append
 
@@ -32,6 +33,7 @@ __all__ = [
     "parallel_linear",
     "quant_linear",
     "quantize",
+    "quantize_weight",
     "rms_norm",
     "rope",
     "rope_append",

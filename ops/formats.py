@@ -204,7 +204,7 @@ def quantize(weight: Tensor, layout: Layout, fullrange: bool = False) -> tuple[T
     )  # a group of zeros, or one too small for its scale's dtype
     w = w * inverse.nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1)
     codes = w.round_().add_(zero.unsqueeze(-1)).clamp_(0, row.levels).to(torch.uint8)
-    return join_codes(codes.view(n, -1)[:, :k], row.bits), scales, zeros
+    return join_codes(codes.flatten(1)[:, :k], row.bits), scales, zeros
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, layout: Layout, in_features: int) -> Tensor:

@@ -101,6 +101,6 @@ def operator(*, mutates: tuple[str, ...] = (), exact: bool = False) -> Callable[
 
     Args:
         mutates: names of the arguments that the operator writes to.
-        exact: the operator moves bits and does no arithmetic: every implementation gives the reference's very bits.
+        exact: every implementation gives the reference's very bits: the operator moves bits, or each of its roundings is prescribed.
     """
     return lambda reference: Operator(reference, mutates, exact)

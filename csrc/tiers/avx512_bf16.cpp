@@ -1,14 +1,4 @@
 // The avx512_bf16 tier: the kernel templates compiled with the flags that setup.py has for this file.
-#include "argmax_kernels.h"
-#include "attention_kernels.h"
-#include "dense_kernels.h"
-#include "gated_kernels.h"
-#include "linear_kernels.h"
-#include "norm_kernels.h"
-#include "peaks_kernels.h"
-#include "rope_kernels.h"
-#include "tier.h"
+#include "tier_kernels.h"
 
-const llmrt::Tier llmrt::tier_avx512_bf16 = {"avx512_bf16",     linear_kernels, dense_kernels,
-                                             norm_kernels,      rope_kernels,   gated_kernels,
-                                             attention_kernels, peak_kernels,   argmax_kernels};
+const llmrt::Tier llmrt::tier_avx512_bf16 = llmrt::tier_of("avx512_bf16", llmrt::linear_kernels);

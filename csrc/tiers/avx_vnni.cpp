@@ -1,12 +1,4 @@
 // The avx_vnni tier: the kernel templates compiled with the flags that setup.py has for this file.
-#include "attention_kernels.h"
-#include "dense_kernels.h"
-#include "gated_kernels.h"
-#include "linear_kernels.h"
-#include "norm_kernels.h"
-#include "peaks_kernels.h"
-#include "rope_kernels.h"
-#include "tier.h"
+#include "tier_kernels.h"
 
-const llmrt::Tier llmrt::tier_avx_vnni = {"avx_vnni",   linear_kernels, dense_kernels,     norm_kernels,
-                                          rope_kernels, gated_kernels,  attention_kernels, peak_kernels};
+const llmrt::Tier llmrt::tier_avx_vnni = llmrt::tier_of("avx_vnni", llmrt::linear_kernels);

@@ -8,8 +8,8 @@ from models import CountOperators, dequantized, error, padded_batch, tiny_model
 from torch import nn
 
 from llmrt import llm
-from llmrt.llm.linear import CanonicalLinear, LinearGroup, Scheme, SiblingLinear, quantize_rows
-from llmrt.ops.formats import Layout, quantize
+from llmrt.llm.linear import CanonicalLinear, LinearGroup, Scheme, SiblingLinear
+from llmrt.ops.formats import Layout
 
 G32 = Scheme(Layout("int4", False, 32, torch.bfloat16), "fp32")
 
@@ -78,16 +78,6 @@ def test_head(lm_head: Any, layout: str) -> None:
         tiny_model("gemma"), quantization_config=llm.WeightOnlyQuantConfig(group_size=16, lm_head=False)
     )
     assert kept.lm_head.weight is kept.model.embed_tokens.weight and kept.config.tie_word_embeddings
-
-
-def test_rows_are_quantized_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(37, 70)
-    for layout in (G32.layout, Layout("int8", True, 20, torch.float32)):
-        scheme = Scheme(layout, "int8")
-        whole = quantize(weight, layout)
-        monkeypatch.setattr("llmrt.llm.linear.CHUNK", 5 * 70)
-        for part, expected in zip(quantize_rows(weight, scheme), whole, strict=True):
-            assert (part is None and expected is None) or torch.equal(part, expected)
 
 
 def test_quant_linear() -> None:
