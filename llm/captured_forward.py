@@ -19,8 +19,8 @@ from .cache import KVCache
 from .traced_cache import Kind, TracedCache, TracedRows
 
 #: Names of all sizes that a graph may depend on: rows and tokens of the call, tokens before it, rows and capacity of the buffers,
-#: columns of the row table, beams, distance of the rows that are written.
-SIZES = ("batch", "tokens", "length", "rows", "capacity", "columns", "beams", "every")
+#: columns of the row table, beams.
+SIZES = ("batch", "tokens", "length", "rows", "capacity", "columns", "beams")
 
 
 class CaptureError(RuntimeError):
@@ -49,7 +49,6 @@ class Key(NamedTuple):
     positions: int  # 0: not given, 1: one row for all, 2: one row each
     table: bool
     beams: bool
-    every: bool
     last: bool  # only the last logits
 
     def describe(self) -> str:
@@ -62,13 +61,20 @@ class Key(NamedTuple):
 
 @dataclass
 class Call:
-    """A forward that a graph can run, with the cache ready for its tokens."""
+    """A forward that a graph can run, with the cache ready for its tokens.
+
+    Args:
+        ids, mask, positions: as the model takes them; of a shared prompt, one row for all of its beams.
+        cache: with room for the tokens.
+        share: rows of the caller that each row stands for: the beams of a prompt, which are still the same.
+        last: whether only the last logits are wanted.
+    """
 
     ids: Tensor
     mask: Tensor | None
     positions: Tensor | None
     cache: KVCache
-    every: int
+    share: int
     last: bool
 
     def __post_init__(self) -> None:
@@ -76,19 +82,18 @@ class Call:
         rows, first = self.cache.rows, self.cache.layers[0]
         self.stored = [layer for layer in self.cache.layers if layer.is_initialized]
         batch, tokens = self.ids.shape
-        cache_rows, _, capacity, _ = first.key_cache.shape
-        table = rows.table
+        buffer = first.key_cache[:: self.share]
+        table, beams = (None, 1) if self.share > 1 else (rows.table, rows.beams)
         columns = 0 if table is None else table.shape[1]
-        self.sizes = batch, tokens, first.length, cache_rows, capacity, columns, rows.beams, self.every
+        self.sizes = batch, tokens, first.length, buffer.shape[0], buffer.shape[2], columns, beams
         self.key = Key(
             batch == 1,
             tokens == 1,
-            cache_rows == 1,
+            buffer.shape[0] == 1,
             self.mask is not None,
             0 if self.positions is None else 1 if self.positions.shape[0] == 1 else 2,
             table is not None,
-            rows.beams > 1,
-            self.every > 1,
+            beams > 1,
             self.last,
         )
 
@@ -104,17 +109,15 @@ class Call:
             inputs.append(rows.table)
         if key.beams:
             inputs.append(rows.beams)
-        if key.every:
-            inputs.append(self.every)
         for layer in self.stored:
-            inputs += (layer.key_cache, layer.value_cache)
+            inputs += (layer.key_cache[:: self.share], layer.value_cache[:: self.share])
         return inputs
 
 
 def learn_kinds(model: Any) -> Kinds:
     """Return what a model appends to each layer of a cache, found out over fake tensors."""
     capture = Capture()
-    cache = TracedCache(model.config.get_text_config(decoder=True).num_hidden_layers, TracedRows(None, 1, 1), 0)
+    cache = TracedCache(model.config.get_text_config(decoder=True).num_hidden_layers, TracedRows(None, 1), 0)
     ids = capture.tensor((1, 2), torch.int64)
     token = padding_is_known.set(False)
     try:
@@ -176,8 +179,6 @@ class CapturedForward:
             given["table"] = capture.tensor((batch, size("columns")), torch.int32)
         if key.beams:
             given["beams"] = size("beams", least=2)
-        if key.every:
-            given["every"] = size("every", least=2)
         buffers: list[Any] = []
         for kind in kinds.kinds:
             if kind is not None:
@@ -189,7 +190,7 @@ class CapturedForward:
             values = dict(zip(names, inputs, strict=False))
             flat = iter(inputs[len(names) :])
             pairs = [None if kind is None else (next(flat), next(flat)) for kind in kinds.kinds]
-            shared = TracedRows(values.pop("table", None), values.pop("beams", 1), values.pop("every", 1))
+            shared = TracedRows(values.pop("table", None), values.pop("beams", 1))
             cache = TracedCache(len(pairs), shared, values.pop("length"), pairs)
             if key.last:
                 values["logits_to_keep"] = 1

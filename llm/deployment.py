@@ -50,6 +50,14 @@ def undeployable(model: Any) -> str | None:
     return None
 
 
+def _one_of_each(t: Any, share: int) -> Any:
+    """Return the rows that differ if each is there `share` times in a row, else None; a single row or no tensor is returned as it is."""
+    if t is None or t.shape[0] == 1:
+        return t
+    groups = t.unflatten(0, (-1, share))
+    return groups[:, 0].contiguous() if bool((groups == groups[:, :1]).all()) else None
+
+
 class Deployment(StandIn):
     """Stands for a model's `forward`."""
 
@@ -122,6 +130,8 @@ class Deployment(StandIn):
             return out
         for layer in call.stored:
             layer.length += call.sizes[1]
+        if call.share > 1:
+            tensors = [t.repeat_interleave(call.share, 0) for t in tensors]
         return graph.output(tensors, call.cache)
 
     def prepared(self, model: Any, ids: Any, kwargs: dict[str, Any]) -> tuple[Call, CapturedForward] | None:
@@ -207,19 +217,25 @@ class Deployment(StandIn):
             or positions.shape not in ((batch, tokens), (1, tokens))
         ):  # fmt: skip
             return None
-        every, buffers = 1, None
+        share = cache.rows.beams if start == 0 and batch % cache.rows.beams == 0 else 1
+        if share > 1:
+            given = ids, mask, positions
+            ids, mask, positions = (_one_of_each(t, share) for t in given)
+            if [t is None for t in (ids, mask, positions)] != [t is None for t in given]:
+                return None  # beams of different prompts
+        buffers = None
         for layer, kind, reader in zip(layers, kinds, self._kinds.readers, strict=True):
             if kind is None:
                 continue
             if layer.length != start:
                 return None
-            every = layer.reserve((batch, *kind), tokens)
+            layer.reserve((batch, *kind), tokens)
             layer.claim(reader)
             shape = layer.key_cache.shape
             buffers = buffers or (shape[0], shape[2])
             if buffers != (shape[0], shape[2]):
                 return None
-        return Call(ids, mask, positions, cache, every, keep == 1 and tokens > 1)
+        return Call(ids, mask, positions, cache, share, keep == 1 and tokens > 1)
 
     def _new(self, model: Any, call: Call) -> CapturedForward | None:
         """Capture a graph for a call; None if that does not work."""
@@ -246,7 +262,7 @@ class Deployment(StandIn):
     def _try(self, model: Any, graph: CapturedForward, call: Call) -> None:
         """Raise CaptureError unless graph and modules agree on a few tokens like those of the call, over caches of their own."""
         key, batch = call.key, call.ids.shape[0]
-        past, tokens = 0 if key.every else 2, 1 if key.one_token else 3
+        past, tokens = 2, 1 if key.one_token else 3
         known = model.get_input_embeddings().num_embeddings
         ids = torch.randint(known, (batch, past + tokens), generator=torch.Generator().manual_seed(0))
         mask = torch.ones_like(ids, dtype=torch.bool) if key.mask else None
@@ -264,11 +280,10 @@ class Deployment(StandIn):
             }
             return {**{k: v for k, v in given.items() if v is not None}, "past_key_values": cache, "use_cache": True}
 
-        forward, cache = type(model).forward, KVCache(model.config, past + tokens, call.cache.rows.beams)
-        if past:
-            forward(model, ids[:, :past], **part(0, past, cache))
-            if key.table:
-                cache.reorder_cache(torch.arange(batch))
+        forward, cache = type(model).forward, KVCache(model.config, past + tokens, call.sizes[-1])
+        forward(model, ids[:, :past], **part(0, past, cache))
+        if key.table:
+            cache.reorder_cache(torch.arange(batch))
         ours, last = copy.deepcopy(cache), (past, past + tokens)
         trial = self._call(ours, ids[:, past:], part(*last, ours))
         if trial is None or trial.key != key or not graph.fits(*trial.sizes):

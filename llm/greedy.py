@@ -18,7 +18,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDeco
 
 from .. import ops
 from .cache import KVCache
-from .captured_forward import CapturedForward
+from .captured_forward import Call, CapturedForward
 from .deployment import Deployment
 from .stand_in import StandIn
 
@@ -241,12 +241,16 @@ class Steps:
         found = None
         if self._deployment.is_usual(self._model, (tokens,), others):
             found = self._deployment.prepared(self._model, tokens, others)
-        if found is None or found[0].cache.rows.table is not None or (found[0].mask is None) != (self._mask is None):
+        if found is None or not self._repeats(found[0]):
             return self._ordinary(tokens)
         call, self._graph = found
         self._sizes, self._stored, self._arguments = call.sizes, call.stored, call.inputs()
         self._logits, self._capacity = self._graph.place("logits"), call.sizes[4]
         return self._run(tokens, call.sizes[2])
+
+    def _repeats(self, call: Call) -> bool:
+        """Return whether the next call has the same arguments but for what a step changes."""
+        return call.cache.rows.table is None and call.share == 1 and (call.mask is None) == (self._mask is None)
 
     def _run(self, tokens: Tensor, start: int) -> Tensor:
         arguments = self._arguments

@@ -21,9 +21,9 @@ Kind = tuple[int, int, int, torch.dtype, torch.device]
 class TracedRows(RowTable):
     """A row table that is an input."""
 
-    def __init__(self, table: Tensor | None, beams: Any, every: Any) -> None:
-        """Keep table [B, C], the hint `beams` and the distance of the rows that are written."""
-        self.table, self.beams, self.every = table, beams, every
+    def __init__(self, table: Tensor | None, beams: Any) -> None:
+        """Keep table [B, C] and the hint `beams`."""
+        self.table, self.beams = table, beams
 
     def read_by_llmrt(self) -> bool:
         """Return True: nothing else is captured."""
@@ -58,9 +58,8 @@ class TracedLayer(KVLayer):
         self.kind = heads, dim, value_states.shape[3], key_states.dtype, key_states.device
         if not self.is_initialized:
             self._allocate((batch, *self.kind), tokens)
-        rows: Any = self.rows
         new = key_states.transpose(1, 2), value_states.transpose(1, 2)
-        _kv_append(self.key_cache, self.value_cache, *new, self.length, rows.every)
+        _kv_append(self.key_cache, self.value_cache, *new, self.length)
         self.length = self.length + tokens
         keys = key_states.new_empty((batch, heads, self.length, dim))
         values = value_states.new_empty((batch, heads, self.length, value_states.shape[3]))

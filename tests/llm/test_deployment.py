@@ -45,13 +45,13 @@ def test_graphs_and_modules_agree(name: str, quantized: bool, monkeypatch: pytes
     expected = [slow.generate(**inputs, **GENERATE, **options) for inputs, options in calls]
     first = [fast.generate(**inputs, **GENERATE, **options) for inputs, options in calls]
     graphs = len(fast.forward.graphs)
-    assert graphs == 6 and not fast.forward.reasons  # prompt and step of each
+    assert graphs == 5 and not fast.forward.reasons  # a prompt and three steps; beams read their prompt as rows do
     logits = slow(**batch, past_key_values=llm.KVCache(slow.config))
     out = fast(**batch, past_key_values=llm.KVCache(fast.config))
     assert type(out) is type(logits) and list(out) == list(logits)
     assert isinstance(out.past_key_values, llm.KVCache) and out.past_key_values.get_seq_length() == 11
     assert error(out.logits, logits.logits, batch["attention_mask"]) < 1e-5
-    assert len(fast.optimization_report.graphs) == 7 and "padding, all logits" in fast.optimization_report.graphs[-1]
+    assert len(fast.optimization_report.graphs) == 6 and "padding, all logits" in fast.optimization_report.graphs[-1]
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a module ran")
@@ -89,6 +89,33 @@ def test_lengths_and_sizes_need_no_new_graph(pair: tuple[Any, Any]) -> None:
     ids = ids[:1, :1]
     assert torch.equal(fast.generate(ids, **GENERATE), slow.generate(ids, **GENERATE))
     assert len(fast.forward.graphs) == 4  # an empty cache and one token
+
+
+def test_a_prompt_is_read_once_for_all_of_its_beams(pair: tuple[Any, Any]) -> None:
+    fast, slow = (copy.deepcopy(model) for model in pair)
+    rows: list[int] = []
+
+    class Rows(CountOperators):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.llmrt.attention.default:
+                rows.append(args[0].shape[0])
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    for options in ({"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}):
+        for inputs in (padded_batch(), {"input_ids": padded_batch()["input_ids"][:1]}):
+            options = {**GENERATE, **options, "max_new_tokens": 3}
+            torch.manual_seed(1)
+            expected = slow.generate(**inputs, **options)
+            for _ in range(2):  # the first call compares graphs with modules
+                rows.clear()
+                torch.manual_seed(1)
+                with Rows():
+                    assert torch.equal(fast.generate(**inputs, **options), expected)
+            batch, layers = len(inputs["input_ids"]), fast.config.num_hidden_layers
+            assert rows == [batch] * layers + [3 * batch] * 2 * layers
+    ids = torch.randint(3, VOCAB, (3, 5))  # different prompts in a cache for beams: its first rows' keys serve all
+    one, two = (model(ids, past_key_values=llm.KVCache(model.config, beams=3)).logits for model in (fast, slow))
+    assert torch.equal(one, two)
 
 
 def test_masks_of_ones_need_no_mask(pair: tuple[Any, Any]) -> None:
