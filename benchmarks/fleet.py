@@ -27,7 +27,7 @@ from llmrt.llm.families.shapes import SHAPES, shape_config, shape_names  # noqa:
 KINDS: dict[str, tuple[str, ...]] = {
     "llmrt": ("int4", "int4-all", "int8", "bf16", "fp32"),
     "llama.cpp": ("q4_0", "q4_k_m", "q8_0"),
-    "openvino": ("int4", "int8"),
+    "openvino": ("int4", "int4-d32", "int8"),
     "linears": ("int4", "int8"),
     "torch": ("int4",),
     "torchao": ("int4", "int8"),
@@ -207,8 +207,9 @@ def command(peer: str, args: argparse.Namespace, loads: Sequence[measure.Workloa
         return [str(args.llama_python), str(workers / "llama_cpp_model.py"), str(gguf_file(variant, args)), threads, *room]
     group = f"--group-size={args.group_size}"
     if kind == "openvino":
-        fields = json.dumps(model_fields(args.shape))
-        return [str(args.openvino_python), str(workers / "openvino_model.py"), variant, fields, threads, group]
+        weights, _, dynamic = variant.partition("-d")
+        graph = [weights, json.dumps(model_fields(args.shape)), group, f"--dynamic-group={dynamic or 128}"]
+        return [str(args.openvino_python), str(workers / "openvino_model.py"), *graph, threads]
     options = [f"--shape={args.shape}", threads, group, f"--torchao={args.peers_dir / 'torchao'}"]
     return [sys.executable, str(workers / "transformers_model.py"), kind, variant, *options]
 

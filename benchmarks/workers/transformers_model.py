@@ -73,8 +73,8 @@ def only_linears(model: Any, chosen: Any) -> Any:
     return model
 
 
-def plain(args: argparse.Namespace) -> Any:
-    """Return the model without llmrt, in what torch offers."""
+def plain(args: argparse.Namespace) -> tuple[Any, int]:
+    """Return (the model without llmrt, in what torch offers; bytes of its weights where its tensors do not tell, else 0)."""
     import torch
 
     from llmrt.llm import bench, random_weights
@@ -93,8 +93,8 @@ def plain(args: argparse.Namespace) -> Any:
     if args.kind == "torchao":
         from torchao_model import quantize
 
-        quantize(model, args.variant, args.group_size, args.torchao)
-    return model
+        return model, quantize(model, args.variant, args.group_size, args.torchao)
+    return model, 0
 
 
 def compiled_run(model: Any) -> Callable[..., dict[str, float]]:
@@ -143,9 +143,9 @@ def load(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[..., dict[s
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
     ours = args.kind in ("llmrt", "linears")
-    model = optimized(args) if ours else plain(args)
+    model, weight_bytes = (optimized(args), 0) if ours else plain(args)
     unit = settings(args).compute_unit() if ours or args.variant in DTYPES else "int8"
-    weight_bytes = measure.count_work(model, torch.bfloat16).weight_bytes
+    weight_bytes = weight_bytes or measure.count_work(model, torch.bfloat16).weight_bytes
     if args.kind == "inductor" or (args.kind == "torchao" and args.variant == "int8"):
         run = compiled_run(model)
     else:
