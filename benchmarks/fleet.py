@@ -34,6 +34,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "eager": ("bf16", "fp32"),
     "inductor": ("bf16",),
 }
+#: Where benchmarks/install_peers.py puts peers by default: outside the checkout.
+PEERS_DIR = Path.home() / ".cache" / "llmrt-peers"
 #: The packaged demo model, by the name that `llmrt bench` has for it.
 DEMO = "demo"
 #: What the workers that know no transformers need of a config.
@@ -81,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser, peers: str) -> None:
     add("--rounds", type=int, default=5, help="measured rounds (medians are reported), after one for warm-up")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every peer, each pinned to a CPU")
     add("--group-size", type=int, default=128, help="of llmrt, torch and openvino in INT4")
-    add("--peers-dir", type=Path, default=HERE / "peers", help="where benchmarks/install_peers.py put them")
+    add("--peers-dir", type=Path, default=PEERS_DIR, help="where benchmarks/install_peers.py put them")
     add("--llama-python", type=Path, help="Python with llama-cpp-python, numpy and gguf; default: of --peers-dir")
     add("--openvino-python", type=Path, help="Python with openvino and numpy; default: of --peers-dir")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "llmrt-peers", help="where GGUF files are kept")
@@ -204,7 +206,13 @@ def command(peer: str, args: argparse.Namespace, loads: Sequence[measure.Workloa
     workers, threads = HERE / "workers", f"--threads={args.threads}"
     if kind == "llama.cpp":
         room = [f"--length={max(load.length for load in loads)}", f"--batch={max(load.batch for load in loads)}"]
-        return [str(args.llama_python), str(workers / "llama_cpp_model.py"), str(gguf_file(variant, args)), threads, *room]
+        return [
+            str(args.llama_python),
+            str(workers / "llama_cpp_model.py"),
+            str(gguf_file(variant, args)),
+            threads,
+            *room,
+        ]
     group = f"--group-size={args.group_size}"
     if kind == "openvino":
         weights, _, dynamic = variant.partition("-d")

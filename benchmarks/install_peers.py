@@ -16,8 +16,8 @@ import sys
 import venv
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-
+#: Where benchmarks/peers.py looks by default.
+PEERS_DIR = Path.home() / ".cache" / "llmrt-peers"
 LLAMA = "llama-cpp-python>=0.3.36"
 #: Build flags of llama.cpp: instructions of this CPU, OpenMP threads, no parts that only other backends need.
 LLAMA_FLAGS = "-DGGML_NATIVE=ON -DGGML_OPENMP=ON"
@@ -55,9 +55,11 @@ PEERS = ("llama.cpp", "openvino", "torchao")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--into", type=Path, default=HERE / "peers", help="folder for all of them (git ignores the default)")
+    parser.add_argument("--into", type=Path, default=PEERS_DIR, help="folder for all of them")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"comma separated, from {', '.join(PEERS)}")
-    parser.add_argument("--pip", action="append", default=[], metavar="OPTION", help="passed on to pip install, as --pip=--quiet")
+    parser.add_argument(
+        "--pip", action="append", default=[], metavar="OPTION", help="passed on to pip install, as --pip=--quiet"
+    )
     args = parser.parse_args(arguments)
     args.peers = args.peers.split(",")
     if unknown := [peer for peer in args.peers if peer not in PEERS]:

@@ -226,7 +226,9 @@ class Stopwatch:
             **{**self.settings.to_diff_dict(), "max_new_tokens": 1, "return_dict_in_generate": True}
         )
         extra = {} if self.new_cache is None else {"past_key_values": self.new_cache()}
-        result = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings, **extra)
+        result = self.model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), generation_config=settings, **extra
+        )
         self._past = result.past_key_values
         return self._past
 

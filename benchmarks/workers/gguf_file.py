@@ -132,7 +132,9 @@ def write(path: str, shape: dict[str, Any], mixture: str) -> None:
         out.add_tensor(name, np.ones(size, np.float32))
 
     layers, head = MIXTURES[mixture]
-    add("token_embd.weight", shape["vocab_size"], shape["hidden_size"], head if shape["tie_word_embeddings"] else layers)
+    add(
+        "token_embd.weight", shape["vocab_size"], shape["hidden_size"], head if shape["tie_word_embeddings"] else layers
+    )
     if not shape["tie_word_embeddings"]:
         add("output.weight", shape["vocab_size"], shape["hidden_size"], head)
     norm("output_norm.weight", shape["hidden_size"])

@@ -84,7 +84,9 @@ def plain(args: argparse.Namespace) -> tuple[Any, int]:
     if args.shape == DEMO:
         model = bench.load(demo_model_path(), settings(args))
     else:
-        model = random_weights.bare_model(shape_config(args.shape), getattr(torch, DTYPES.get(args.variant, "bfloat16")))
+        model = random_weights.bare_model(
+            shape_config(args.shape), getattr(torch, DTYPES.get(args.variant, "bfloat16"))
+        )
     if args.kind == "torch":
         from torch_int4 import replace_linears
 
