@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # where llmrt is not installed, the checkout with an extension built in place serves
 
-from peers import Worker  # noqa: E402
+from fleet import Worker  # noqa: E402
 
 from llmrt.llm import measure  # noqa: E402
 from llmrt.llm.families.shapes import SHAPES, shape_names  # noqa: E402

@@ -7,77 +7,105 @@ from statistics import median
 from typing import Any
 
 
-def summarize(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per peer.
+def peak(point: dict[str, Any], unit: str) -> float:
+    """Return the median of a limit over a point's rounds; 0 if the CPU lacks the unit."""
+    return median(p[unit] or 0.0 for p in point["peaks"])
 
-    Rates are medians over rounds. A ratio compares the first peer with this one (above 1: the first is faster); it is the median
-    of the rounds' own ratios, so that drift of the machine cancels. Percentages are of the medians of the measured limits;
-    a limit that the CPU does not have gives None.
+
+def summarize(record: dict[str, Any], point: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per peer of one measured workload.
+
+    Rates are medians over rounds, of all sequences together. A ratio compares the first peer with this one (above 1: the first is
+    faster); it is the median of the rounds' own ratios, so that drift of the machine cancels. Percentages are of the medians of the
+    measured limits; a limit that the CPU does not have gives None.
     """
-    prompt, new = record["workload"]["prompt"], record["workload"]["new"]
-    read = median(p["read"] for p in record["peaks"])
-    int8 = median(p["int8"] or 0.0 for p in record["peaks"])
-    first = next(iter(record["peers"].values()))["rounds"]
+    load = point["workload"]
+    first = next(iter(point["rounds"].values()))
     rows = []
-    for name, peer in record["peers"].items():
-        prefill = [prompt / r["first_token_s"] for r in peer["rounds"]]
-        decode = [(new - 1) / r["decode_s"] for r in peer["rounds"]]
-        ops = 1e9 * record["gop_per_prompt"] / prompt
-        step_bytes = peer["facts"]["weight_bytes"] + record["cache_bytes_per_step"]
-        pairs = list(zip(first, peer["rounds"], strict=True))
+    for name, rounds in point["rounds"].items():
+        facts, pairs = record["facts"][name], list(zip(first, rounds, strict=True))
+        prompt_s, step_s = median(r["first_token_s"] for r in rounds), median(r["decode_s"] for r in rounds)
+        steps = (load["new"] - 1) / step_s
+        limit = peak(point, facts["unit"])
+        step_bytes = facts["weight_bytes"] + point["cache_bytes_per_step"]
         rows.append(
             {
                 "peer": name,
-                "prefill_tokens_per_s": median(prefill),
-                "decode_tokens_per_s": median(decode),
+                "unit": facts["unit"],
+                "prefill_tokens_per_s": load["batch"] * load["prompt"] / prompt_s,
                 "prefill_ratio": median(b["first_token_s"] / a["first_token_s"] for a, b in pairs),
+                "percent_of_peak": 100 * 1e9 * point["gop_per_prompt"] / prompt_s / limit if limit else None,
+                "decode_tokens_per_s": load["batch"] * steps,
                 "decode_ratio": median(b["decode_s"] / a["decode_s"] for a, b in pairs),
-                "percent_of_int8_peak": 100 * ops * median(prefill) / int8 if int8 else None,
-                "percent_of_read_bandwidth": 100 * step_bytes * median(decode) / read,
-                "weight_megabytes": peer["facts"]["weight_bytes"] / 1e6,
-                "peak_memory_megabytes": peer["facts"]["peak_memory_bytes"] / 1e6,
-                "load_s": peer["facts"]["load_s"],
+                "percent_of_read_bandwidth": 100 * step_bytes * steps / peak(point, "read"),
+                "call_s": median(map(_whole, rounds)),
+                "call_ratio": median(_whole(b) / _whole(a) for a, b in pairs),
+                "weight_megabytes": facts["weight_bytes"] / 1e6,
+                "peak_memory_megabytes": facts["peak_memory_bytes"] / 1e6,
+                "load_s": facts["load_s"],
             }
         )
     return rows
+
+
+def _whole(one: dict[str, float]) -> float:
+    return one["first_token_s"] + one["decode_s"]
 
 
 COLUMNS = (  # field, heading, format
     ("peer", "peer", "s"),
     ("prefill_tokens_per_s", "prefill tok/s", ".1f"),
     ("prefill_ratio", "x", ".2f"),
-    ("percent_of_int8_peak", "% int8 peak", ".0f"),
+    ("percent_of_peak", "% peak", ".0f"),
+    ("unit", "of", "s"),
     ("decode_tokens_per_s", "decode tok/s", ".2f"),
     ("decode_ratio", "x", ".2f"),
     ("percent_of_read_bandwidth", "% bandwidth", ".0f"),
+    ("call_s", "call s", ".3f"),
+    ("call_ratio", "x", ".2f"),
     ("weight_megabytes", "weights MB", ".0f"),
     ("peak_memory_megabytes", "peak MB", ".0f"),
     ("load_s", "load s", ".1f"),
 )
 
 
+def columns(rows: list[dict[str, Any]], shown: tuple[tuple[str, str, str], ...]) -> list[str]:
+    """Return rows as lines of text under their headings; `shown` holds (field, heading, format), the first aligned left."""
+    cells = [[heading for _, heading, _ in shown]]
+    cells += [["-" if row[field] is None else format(row[field], form) for field, _, form in shown] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in cells
+    ]
+
+
+def heading(record: dict[str, Any], points: list[dict[str, Any]]) -> list[str]:
+    """Return the lines that say on what machine, within which limits, and how often was measured."""
+    machine, rounds = record["machine"], len(points[0]["peaks"])
+    peaks = {unit: median(peak(point, unit) for point in points) for unit in points[0]["peaks"][0]}
+    limits = ", ".join(f"{unit} {value / 1e12:.2f} Top/s" for unit, value in peaks.items() if value and unit != "read")
+    return [
+        f"{machine['cpu']}, {machine['threads']} threads, tier {machine['isa']}; medians of {rounds} alternating rounds",
+        f"measured limits: read {peaks['read'] / 1e9:.1f} GB/s, {limits}",
+    ]
+
+
+def describe(load: dict[str, int]) -> str:
+    """Return a workload as text."""
+    extra = "".join(f", {name} {load[name]}" for name in ("batch", "beams") if load[name] > 1)
+    return f"prompt {load['prompt']}, new {load['new']}, depth {load['depth']}{extra}"
+
+
 def table(record: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Return the rows as text, under a line that says where and how they were measured."""
-    cells = [[heading for _, heading, _ in COLUMNS]]
-    for row in rows:
-        cells.append(["-" if row[field] is None else format(row[field], form) for field, _, form in COLUMNS])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    names, *numbers = widths
-    lines = []
-    for name, *values in cells:
-        aligned = [value.rjust(width) for value, width in zip(values, numbers, strict=True)]
-        lines.append("  ".join([name.ljust(names), *aligned]))
-    load, machine = record["workload"], record["machine"]
-    gigabytes = median(p["read"] for p in record["peaks"]) / 1e9
-    tera = median(p["int8"] or 0.0 for p in record["peaks"]) / 1e12
+    """Return the rows as text, under lines that say where and how they were measured."""
+    point = record["points"][0]
     head = [
-        f"{record['shape']}, random weights, prompt {load['prompt']}, new {load['new']}, depth {load['depth']}; "
-        f"medians of {len(record['peaks'])} alternating rounds",
-        f"{machine['cpu']}, {machine['threads']} threads, tier {machine['isa']}; measured limits: read {gigabytes:.1f} GB/s, "
-        f"int8 {tera:.2f} Top/s",
+        f"{record['shape']}, {describe(point['workload'])}",
+        *heading(record, [point]),
         f"x: {rows[0]['peer']} is so many times as fast",
     ]
-    return "\n".join([*head, "", *lines])
+    return "\n".join([*head, "", *columns(rows, COLUMNS)])
 
 
 def plot(record: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
@@ -87,25 +115,31 @@ def plot(record: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.6 * len(rows) + 1.6), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 0.5 * len(rows) + 1.6), constrained_layout=True)
     names = [row["peer"] for row in rows]
-    colors = ["tab:blue"] + ["tab:gray"] * (len(rows) - 1)
-    for axis, kind, percent, limit in (
-        (axes[0], "prefill", "percent_of_int8_peak", "int8 peak"),
-        (axes[1], "decode", "percent_of_read_bandwidth", "bandwidth"),
+    colors = [color(name) for name in names]
+    for axis, kind, percent in (
+        (axes[0], "prefill", "percent_of_peak"),
+        (axes[1], "decode", "percent_of_read_bandwidth"),
     ):
         rates = [row[f"{kind}_tokens_per_s"] for row in rows]
         bars = axis.barh(names, rates, color=colors)
-        labels = [
-            f"{rate:.1f}" if row[percent] is None else f"{rate:.1f} ({row[percent]:.0f} % of {limit})"
-            for rate, row in zip(rates, rows, strict=True)
-        ]
+        labels = []
+        for rate, row in zip(rates, rows, strict=True):
+            limit = f"{row['unit']} peak" if kind == "prefill" else "bandwidth"
+            share = "" if row[percent] is None else f" ({row[percent]:.0f} % of {limit})"
+            labels.append(f"{rate:.1f}{share}")
         axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.set_xlim(0, 1.9 * max(rates))
         axis.set_xlabel(f"{kind}, tokens per second")
         axis.invert_yaxis()
-    load = record["workload"]
-    threads = record["machine"]["threads"]
-    figure.suptitle(f"{record['shape']}, prompt {load['prompt']}, new {load['new']}, {threads} threads", fontsize=10)
+    load, threads = record["points"][0]["workload"], record["machine"]["threads"]
+    figure.suptitle(f"{record['shape']}, {describe(load)}, {threads} threads", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def color(peer: str) -> str:
+    """Return the colour that a peer has in every plot: one hue per kind."""
+    kinds = {"llmrt": "tab:blue", "llama.cpp": "tab:orange", "openvino": "tab:purple", "linears": "tab:cyan"}
+    return kinds.get(peer.partition(":")[0], "tab:gray")

@@ -7,7 +7,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -164,10 +164,19 @@ class Stopwatch:
     starts with the call of `generate`.
     """
 
-    def __init__(self, model: PreTrainedModel, load: Workload, seed: int = 0) -> None:
-        """Check the workload against the model and draw the tokens."""
+    def __init__(
+        self, model: PreTrainedModel, load: Workload, seed: int = 0, new_cache: Callable[[], Any] | None = None
+    ) -> None:
+        """Check the workload against the model and draw the tokens.
+
+        Args:
+            model: to be timed.
+            load: the workload.
+            seed: of the tokens.
+            new_cache: makes the cache that a run begins with; None leaves that to `generate`.
+        """
         load.check_length(model.config)
-        self.model, self.load = model, load
+        self.model, self.load, self.new_cache = model, load, new_cache
         self._past: Any = None
         generator = torch.Generator().manual_seed(seed)
         self.tokens = torch.randint(
@@ -193,7 +202,11 @@ class Stopwatch:
         kept = self.model.generation_config
         self.model.generation_config = self.settings
         try:
-            extra = {"past_key_values": self._prefix()} if self.load.depth else {}
+            extra = {}
+            if self.load.depth:
+                extra["past_key_values"] = self._prefix()
+            elif self.new_cache is not None:
+                extra["past_key_values"] = self.new_cache()
             start = time.perf_counter()
             self.model.generate(
                 self.tokens,
@@ -220,7 +233,10 @@ class Stopwatch:
         settings = GenerationConfig(
             **{**self.settings.to_diff_dict(), "max_new_tokens": 1, "return_dict_in_generate": True}
         )
-        result = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+        extra = {} if self.new_cache is None else {"past_key_values": self.new_cache()}
+        result = self.model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), generation_config=settings, **extra
+        )
         self._past = result.past_key_values
         return self._past
 

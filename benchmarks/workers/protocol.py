@@ -1,4 +1,4 @@
-"""How benchmarks/peers.py talks to its workers: one JSON object per line. Standard library only; every peer's Python imports it."""
+"""How the comparisons talk to their workers: one JSON object per line. Standard library only; every peer's Python imports it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def serve(load: Callable[[], tuple[dict[str, Any], Callable[[], dict[str, float]]]]) -> None:
-    """Load a peer, say so, and do one measured run per line "run" on standard input until it closes.
+def serve(load: Callable[[], tuple[dict[str, Any], Callable[..., dict[str, float]]]]) -> None:
+    """Load a peer, say so, and do one measured run per line on standard input, a JSON object with a workload, until it closes.
 
     Args:
-        load: returns what the peer is (versions, format, bytes), and the function of one run, which returns
-            ``first_token_s`` and ``decode_s`` (of all tokens after the first).
+        load: returns what the peer is (versions, format, bytes), and the function of one run. That takes the workload's fields
+            (prompt, new, depth, batch, beams) and returns ``first_token_s`` and ``decode_s`` (of all tokens after the first).
     """
     # Libraries print to standard output as they like; the protocol keeps its own copy of it.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
@@ -33,9 +33,7 @@ def serve(load: Callable[[], tuple[dict[str, Any], Callable[[], dict[str, float]
         facts, run = load()
         send({"ready": facts, "peak_memory_bytes": peak_memory_bytes()})
         for line in sys.stdin:
-            if line.strip() != "run":
-                break
-            send({"result": run(), "peak_memory_bytes": peak_memory_bytes()})
+            send({"result": run(**json.loads(line)), "peak_memory_bytes": peak_memory_bytes()})
     except Exception as error:
         send({"error": f"{type(error).__name__}: {error}"})
         raise
