@@ -31,26 +31,26 @@ constexpr Cpu operator|(const Cpu& a, const Cpu& b) {
           a.leaf7_edx | b.leaf7_edx, a.leaf7_1_eax | b.leaf7_1_eax, a.xcr0 | b.xcr0};
 }
 
-constexpr unsigned kTileState = bit(17) | bit(18);
-constexpr Cpu kAvx2 = {bit(12) | bit(27) | bit(29), bit(5), 0, 0, 0, bit(1) | bit(2)};  // FMA, OSXSAVE, F16C; AVX2
+// FMA, OSXSAVE, F16C; AVX2; xmm and ymm registers.
+constexpr Cpu kAvx2 = {bit(12) | bit(27) | bit(29), bit(5), 0, 0, 0, bit(1) | bit(2)};
 constexpr Cpu kAvxVnni = kAvx2 | Cpu{0, 0, 0, 0, bit(4), 0};
 // F, DQ, BW, VL; VNNI; mask and zmm registers.
 constexpr Cpu kAvx512Vnni =
     kAvx2 | Cpu{0, bit(16) | bit(17) | bit(30) | bit(31), bit(11), 0, 0, bit(5) | bit(6) | bit(7)};
 constexpr Cpu kAvx512Bf16 = kAvx512Vnni | Cpu{0, 0, 0, 0, bit(5), 0};
-
 // BF16, TILE, INT8; tile registers.
+constexpr unsigned kTileState = bit(17) | bit(18);
 constexpr Cpu kAmx = kAvx512Bf16 | Cpu{0, 0, 0, bit(22) | bit(24) | bit(25), 0, kTileState};
 
-struct Row {
+struct Row {  // of the tiers, best first
   const Tier* tier;
   Cpu needs;
 };
-const Row kTiers[] = {
-    // best first
-    {&tier_amx, kAmx},   {&tier_avx512_bf16, kAvx512Bf16}, {&tier_avx512_vnni, kAvx512Vnni}, {&tier_avx_vnni, kAvxVnni},
-    {&tier_avx2, kAvx2},
-};
+constexpr Row kTiers[] = {{&tier_amx, kAmx},
+                          {&tier_avx512_bf16, kAvx512Bf16},
+                          {&tier_avx512_vnni, kAvx512Vnni},
+                          {&tier_avx_vnni, kAvxVnni},
+                          {&tier_avx2, kAvx2}};
 
 bool has(const Cpu& cpu, const Cpu& needs) {
   const Cpu both = cpu | needs;
@@ -82,8 +82,6 @@ const Cpu& this_cpu() {
   static const Cpu cpu = detect();
   return cpu;
 }
-
-constexpr Cpu kEverything = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
 
 std::string supported_names(const Cpu& cpu) {
   std::string names;
@@ -120,8 +118,8 @@ const Tier* choose() {
   const Tier* found = nullptr;
   if (name && *name) {
     if (!find(name, found)) {
-      const bool known =
-          (", " + supported_names(kEverything) + ",").find(", " + std::string(name) + ",") != std::string::npos;
+      bool known = false;
+      for (const Row& row : kTiers) known = known || !strcmp(name, row.tier->name);
       start_error() = "LLMRT_CPU_ISA=" + std::string(name) + (known ? ", which this CPU or system lacks" : "") +
                       "; valid here: " + supported_names(this_cpu());
     }
@@ -141,7 +139,9 @@ PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(current() ? cu
 
 PyObject* isas(PyObject*, PyObject*) { return PyUnicode_FromString(supported_names(this_cpu()).c_str()); }
 
-PyObject* compiled_isas(PyObject*, PyObject*) { return PyUnicode_FromString(supported_names(kEverything).c_str()); }
+PyObject* compiled_isas(PyObject*, PyObject*) {
+  return PyUnicode_FromString(supported_names({~0u, ~0u, ~0u, ~0u, ~0u, ~0u}).c_str());
+}
 
 PyObject* isas_of(PyObject*, PyObject* args, PyObject* keywords) {
   static const char* names[] = {"leaf1_ecx", "leaf7_ebx", "leaf7_ecx", "leaf7_edx", "leaf7_1_eax", "xcr0", nullptr};

@@ -31,10 +31,10 @@ struct Sizes {
 };
 
 // Lays the three arrays of prepared activations into one buffer.
-Activations place(void* buffer, const Sizes& sizes, int64_t M) {
+Activations place(void* buffer, const Sizes& sizes, int64_t M, int64_t block) {
   uint8_t* p = (uint8_t*)buffer;
   const int64_t codes = (M * sizes.row_bytes + 63) / 64 * 64, scales = (M * sizes.segments * 4 + 63) / 64 * 64;
-  return {p, (float*)(p + codes), (int32_t*)(p + codes + scales), M};
+  return {p, (float*)(p + codes), (int32_t*)(p + codes + scales), M, block};
 }
 
 // Chunk-major order over (chunks of rows) x (blocks of outputs), one contiguous range per thread.
@@ -54,30 +54,33 @@ struct Grid {
 
 void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
   const LinearKernels& kernels = tier().linear;
-  const int64_t rows = kernels.block_rows(a.compute, M);
-  const int64_t fitting = std::clamp(kChunkBytes / sizes.row_bytes, 4 * rows, kChunkRows) / rows * rows;
-  const Grid grid{M, M <= rows ? rows : fitting, a.weight.blocks};
-  const int64_t row_blocks = (M + rows - 1) / rows, scratch_bytes = kernels.panel_bytes + grid.chunk * 128;
+  // Row blocks of about equal size, chunks of row blocks of about equal number.
+  const int64_t most = kernels.block_rows(a.compute, M), row_blocks = (M + most - 1) / most;
+  const int64_t rows = (M + row_blocks - 1) / row_blocks;
+  const int64_t fitting = std::clamp(kChunkBytes / (rows * sizes.row_bytes), int64_t{4}, kChunkRows / rows);
+  const int64_t chunks = (row_blocks + fitting - 1) / fitting;
+  const Grid grid{M, (row_blocks + chunks - 1) / chunks * rows, a.weight.blocks};
+  const int64_t scratch_bytes = kernels.panel_bytes + grid.chunk * 128;
   static thread_local Scratch activations, scratch;
   const bool alone = sizes.bytes(M) <= kAloneBytes;
   if (!alone) {
-    prepare.out = a.activations = place(activations.get(sizes.bytes(M)), sizes, M);
+    prepare.out = a.activations = place(activations.get(sizes.bytes(M)), sizes, M, rows);
     parallel_ranges(row_blocks, 1, [&](int64_t b0, int64_t b1) { kernels.prepare(prepare, a.weight, b0, b1); });
   }
   const auto prepared = [&] {
     MultiplyArgs mine = a;
     if (alone) {
       PrepareArgs own = prepare;
-      own.out = mine.activations = place(activations.get(sizes.bytes(M)), sizes, M);
+      own.out = mine.activations = place(activations.get(sizes.bytes(M)), sizes, M, rows);
       kernels.prepare(own, a.weight, 0, row_blocks);
     }
     return mine;
   };
   // One row block is bound by memory: each thread reads one long range. Many are bound by arithmetic: small pieces
   // balance.
-  parallel_pieces(grid.tasks(), M <= rows ? 1 : 8, prepared, [&](const MultiplyArgs& mine, int64_t t0, int64_t t1) {
-    grid.run(mine, t0, t1, scratch.get(scratch_bytes));
-  });
+  parallel_pieces(
+      grid.tasks(), row_blocks == 1 ? 1 : 8, prepared,
+      [&](const MultiplyArgs& mine, int64_t t0, int64_t t1) { grid.run(mine, t0, t1, scratch.get(scratch_bytes)); });
 }
 
 Tensor quant_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& other,

@@ -20,15 +20,16 @@ struct PackedWeight {
   DType scale;
 };
 
-// Activations as the register tiles read them. Rows come in blocks of LinearKernels::block_rows() (the last block may
-// have fewer, R): codes [positions / per dword][R] dwords, so that the R broadcasts of one step are neighbours; a dword
-// is 4 int8, 2 bf16 or 1 float. For int8 there is per segment one scale and one code sum (times -zero for symmetric
-// weights, which is what the accumulators start from), [segments][R].
+// Activations as the register tiles read them. Rows come in blocks of `block` (the last one may have fewer, R): codes
+// [positions / per dword][R] dwords, so that the R broadcasts of one step are neighbours; a dword is 4 int8, 2 bf16 or
+// 1 float. For int8 there is per segment one scale and one code sum, [segments][R]: times -zero for symmetric weights,
+// which is what the accumulators start from; negated, as 16 bits and 16 zero bits, for asymmetric ones. For floats
+// `scales` holds the negated sum of a segment.
 struct Activations {
   uint8_t* codes;
   float* scales;
   int32_t* sums;
-  int64_t M;
+  int64_t M, block;
 };
 
 struct PrepareArgs {
@@ -55,7 +56,7 @@ struct MultiplyArgs {
 };
 
 struct LinearKernels {
-  int64_t (*block_rows)(Compute, int64_t M);
+  int64_t (*block_rows)(Compute, int64_t M);  // the most that a row block can have
   bool bf16_products;
   int64_t panel_bytes;  // scratch of one thread besides 128 bytes per row of its chunk
   void (*prepare)(const PrepareArgs&, const PackedWeight&, int64_t block0, int64_t block1);

@@ -1,4 +1,5 @@
-// Packed tiles into panels: what the register tiles multiply. One decode per weight format.
+// Packed tiles into panels: what the register tiles of many rows multiply. A panel is [steps][32 n] dwords; a row of 64
+// bytes of a tile (16 outputs) gives the same outputs of 2 to 8 steps. One decode per weight format.
 #pragma once
 #include "linear.h"
 #include "linear_vec.h"
@@ -11,39 +12,81 @@ inline const uint8_t* zeros_of(const PackedWeight& w, const uint8_t* tile) {
   return tile + w.code_bytes + w.scale_bytes;
 }
 
-// The codes of a tile as unsigned bytes [32 k4][32 n][4 k]: 8-bit tiles are stored so.
-inline const uint8_t* byte_panel(const PackedWeight& w, const uint8_t* tile, uint8_t* panel) {
-  if (w.bits == 8) return tile;
-  for (int64_t k8 = 0; k8 < 16; k8++)
-    for (int64_t j = 0; j < 128; j += kVectorBytes) {
-      const I32 x = load_words(tile + k8 * 128 + j);
-      store_words(panel + 2 * k8 * 128 + j, low_nibbles(x));
-      store_words(panel + (2 * k8 + 1) * 128 + j, high_nibbles(x));
-    }
-  return panel;
-}
-
 template <int i>
-inline F32 code_value(I32 bytes, I32 zero) {
-  return to_float((shift_right<8 * i>(bytes) & I32::set1(255)) - zero);
+struct Index {
+  static constexpr int value = i;
+};
+// f(Index<0>), ..., f(Index<n - 1>).
+template <int n, int i = 0, class Function>
+inline __attribute__((always_inline)) void for_each_index(const Function& f) {
+  if constexpr (i < n) {
+    f(Index<i>{});
+    for_each_index<n, i + 1>(f);
+  }
 }
 
-// code - zero, exact in bf16 and float: bf16 pairs [64 k2][32 n][2 k], or floats [128 k][32 n].
-inline void float_panel(const PackedWeight& w, const uint8_t* tile, Compute compute, uint8_t* scratch, uint8_t* panel) {
-  const uint8_t *bytes = byte_panel(w, tile, scratch), *zeros = zeros_of(w, tile);
-  const int64_t steps = w.segment / 4;
-  for (int64_t k4 = 0; k4 < kTileK / 4; k4++)
-    for (int64_t n = 0; n < kTileN; n += F32::lanes) {
-      const I32 zero = w.asymmetric ? load_bytes(zeros + k4 / steps * kTileN + n) : I32::set1(w.zero);
-      const I32 x = load_words(bytes + k4 * 128 + 4 * n);
-      const F32 v[4] = {code_value<0>(x, zero), code_value<1>(x, zero), code_value<2>(x, zero), code_value<3>(x, zero)};
-      if (compute == Compute::bf16) {
-        const I32 high = I32::set1((int32_t)0xffff0000);
-        store_words(panel + (2 * k4) * 128 + 4 * n, shift_right<16>(bits_of(v[0])) | (bits_of(v[1]) & high));
-        store_words(panel + (2 * k4 + 1) * 128 + 4 * n, shift_right<16>(bits_of(v[2])) | (bits_of(v[3]) & high));
-      } else {
-        for (int i = 0; i < 4; i++) store((float*)(panel + (4 * k4 + i) * 128) + n, v[i]);
-      }
+// What is subtracted from every code: the zero points of asymmetric weights are what the sums start from.
+inline int constant_zero(const PackedWeight& w) { return w.asymmetric ? 0 : w.zero; }
+
+// A 4-bit code's or a byte's value as float; i counts the codes of a dword from its low bits.
+template <int bits, int i>
+inline F32 value_at(I32 dword, const CodeTable& table, I32 zero) {
+  if constexpr (bits == 4) return value_of(shift_right<4 * i>(dword), table);
+  return to_float((shift_right<8 * (i & 3)>(dword) & I32::set1(255)) - zero);
+}
+// Which of the inputs of a dword that code is. Of bf16 pairs it is the first half, the second is two inputs further on.
+template <int bits>
+constexpr int input_at(int i) {
+  return bits == 4 ? i % 2 * 4 + i / 2 : i;
+}
+
+using Expand = void (*)(const PackedWeight&, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel);
+
+// Bytes for int8 products: steps of 4 inputs.
+inline void expand_bytes(const PackedWeight&, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel) {
+  for (int64_t row = row0; row < row1; row++)
+    for (int64_t j = 0; j < 64; j += kVectorBytes) {
+      const I32 x = load_words(tile + row * 64 + j);
+      uint8_t* to = panel + row / 2 * 256 + row % 2 * 64 + j;
+      store_words(to, low_nibbles(x)), store_words(to + 128, high_nibbles(x));
+    }
+}
+
+// Floats: steps of one input.
+template <int bits>
+void expand_floats(const PackedWeight& w, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel) {
+  constexpr int codes = 32 / bits;
+  const CodeTable table(constant_zero(w));
+  const I32 zero = I32::set1(constant_zero(w));
+  for (int64_t row = row0; row < row1; row++)
+    for (int64_t j = 0; j < 64; j += kVectorBytes) {
+      const I32 x = load_words(tile + row * 64 + j);
+      uint8_t* to = panel + row / 2 * codes * 128 + row % 2 * 64 + j;
+      for_each_index<codes>([&](auto i) {
+        store((float*)(to + input_at<bits>(i.value) * 128), value_at<bits, i.value>(x, table, zero));
+      });
+    }
+}
+
+// bf16 pairs: the halves of a dword hold inputs two apart.
+template <int bits>
+void expand_pairs(const PackedWeight& w, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel) {
+  constexpr int pairs = 16 / bits;
+  const PairTable table(constant_zero(w), 1);
+  const CodeTable none(0);
+  const I32 zero = I32::set1(constant_zero(w)), high = I32::set1((int32_t)0xffff0000);
+  for (int64_t row = row0; row < row1; row++)
+    for (int64_t j = 0; j < 64; j += kVectorBytes) {
+      const I32 x = load_words(tile + row * 64 + j);
+      uint8_t* to = panel + row / 2 * pairs * 128 + row % 2 * 64 + j;
+      for_each_index<pairs>([&](auto i) {
+        if constexpr (bits == 4) {
+          store_words(to + i.value * 128, value_of(shift_right<4 * i.value>(x), table));
+        } else {
+          const F32 first = value_at<8, i.value>(x, none, zero), second = value_at<8, i.value + 2>(x, none, zero);
+          store_words(to + i.value * 128, shift_right<16>(bits_of(first)) | (bits_of(second) & high));
+        }
+      });
     }
 }
 

@@ -1,6 +1,7 @@
-// The quantized linear by AMX tile registers, for more rows than memory alone limits; fewer rows and float32 take
-// linear_kernels.h. The packed bytes and the panels are the same. (torch's cpublas::brgemm has no signed left factor
-// with an unsigned right one, as activations and codes are, and is not in torch's stable ABI.)
+// The quantized linear by AMX tile registers, for more rows than memory alone limits; fewer rows and float32 take the
+// register tiles of linear_tiles.h. Packed bytes, panels and the loops around them are the same. (torch's
+// cpublas::brgemm has no signed left factor with an unsigned right one, as activations and codes are, and is not in
+// torch's stable ABI.)
 #pragma once
 #include "amx.h"
 #include "linear_kernels.h"
@@ -9,7 +10,7 @@ namespace llmrt {
 namespace {
 
 constexpr int64_t kMatrixRows = 2 * kRegisterRows;  // 2 x 2 accumulators of 16 rows x 16 outputs
-constexpr int64_t kVectorRows = 4;  // up to so many, vectors read the nibbles of a weight without a panel
+constexpr int64_t kVectorRows = 4;                  // up to so many, vectors read a weight without a panel
 
 inline bool by_matrix(Compute compute, int64_t M) {
   return M > kVectorRows && (compute == Compute::int8 || (compute == Compute::bf16 && kBf16Products));
@@ -24,29 +25,33 @@ inline int64_t line_bytes(int64_t segment_bytes) {
   return segment_bytes < kRegisterRowBytes ? segment_bytes : kRegisterRowBytes;
 }
 
-// Activations::codes are [segments][lines][R][line bytes] here, and Activations::sums plain sums.
+// As prepare_block, but codes are [segments][lines][R][line bytes].
+template <class T>
+void prepare_lines(const PrepareArgs& a, const PackedWeight& w, int64_t m0, int64_t R) {
+  const int64_t segments = w.tiles * kTileK / w.segment, bytes = segment_bytes(w, a.compute), line = line_bytes(bytes);
+  for (int64_t r = 0; r < R; r++) {
+    const T* x = (const T*)a.x + (m0 + r) * a.stride;
+    for (int64_t s = 0; s < segments; s++) {
+      alignas(64) uint8_t codes[2 * kTileK];
+      const int64_t at = m0 * segments + s * R;
+      const SegmentRows<T> row{a, w, s, 1, codes, a.out.scales + at + r, a.out.sums + at + r};
+      if (a.compute == Compute::int8)
+        row.int8_row(x, 0);
+      else
+        row.float_row(x, 0);
+      uint8_t* to = a.out.codes + at * bytes + r * line;
+      for (int64_t i = 0; i < bytes; i += line, to += R * line) memcpy(to, codes + i, line);
+    }
+  }
+}
+
 void prepare_by_matrix(const PrepareArgs& a, const PackedWeight& w, int64_t block0, int64_t block1) {
   if (!by_matrix(a.compute, a.out.M)) return prepare_activations(a, w, block0, block1);
-  const int64_t segments = w.tiles * kTileK / w.segment, bytes = segment_bytes(w, a.compute), line = line_bytes(bytes);
-  alignas(64) uint8_t buffer[2 * kTileK];
   for (int64_t b = block0; b < block1; b++) {
-    const int64_t m0 = b * kMatrixRows, R = a.out.M - m0 < kMatrixRows ? a.out.M - m0 : kMatrixRows;
-    float* scales = a.out.scales + m0 * segments;
-    int32_t* sums = a.out.sums + m0 * segments;
-    for (int64_t r = 0; r < R; r++) {
-      const void* x = (const char*)a.x + (m0 + r) * a.stride * size_of(a.dtype);
-      for (int64_t s = 0; s < segments; s++) {
-        const Source source = source_of(a, s * w.segment, w.segment);
-        if (a.compute == Compute::int8) {
-          scales[s * R + r] = quantize_segment(x, a.dtype, source, w.segment, (int8_t*)buffer, sums[s * R + r]);
-        } else {
-          for (int64_t i = 0; i < w.segment; i += F32::lanes)
-            store((bf16*)buffer + i, load_inputs(x, a.dtype, source, i));
-        }
-        uint8_t* codes = a.out.codes + (m0 * segments + s * R) * bytes + r * line;
-        for (int64_t i = 0; i < bytes; i += line, codes += R * line) memcpy(codes, buffer + i, line);
-      }
-    }
+    const int64_t m0 = b * a.out.block, R = a.out.M - m0 < a.out.block ? a.out.M - m0 : a.out.block;
+    if (a.dtype == DType::f32) prepare_lines<float>(a, w, m0, R);
+    if (a.dtype == DType::bf16) prepare_lines<bf16>(a, w, m0, R);
+    if (a.dtype == DType::f16) prepare_lines<f16>(a, w, m0, R);
   }
 }
 
@@ -73,73 +78,70 @@ inline void segment_dots(const uint8_t* w, const uint8_t* a, int64_t R, int64_t 
     _tile_stored(2, dots + kRegisterRows * kTileN, 128), _tile_stored(3, dots + kRegisterRows * kTileN + 16, 128);
 }
 
-// One packed tile of 128 inputs: `zero` of a symmetric weight.
+// C += scale * (a_scale * (dots - zero * sum)), as start_segment and add_segment (for pairs start_floats and
+// add_floats) have it; int8 products come out with the same bits.
 template <bool pairs>
-__attribute__((noinline)) void matrix_tile(const TileArgs& t, int64_t R, int zero) {
+inline void add_dots(const TileArgs& t, int64_t s, const int32_t* dots) {
+  for (int64_t n = 0; n < kTileN; n += F32::lanes) {
+    const F32 scale = load(t.scales, t.scale_dtype, s * kTileN + n);
+    const I32 zero = t.asymmetric ? load_bytes(t.zeros + s * kTileN + n) : I32::zero();
+    for (int64_t r = 0; r < t.R; r++) {
+      float* C = t.C + r * kTileN + n;
+      const I32 d = load_words(dots + r * kTileN + n), sum = I32::set1(t.a_sums[s * t.R + r]);
+      const F32 a_scale = F32::set1(t.a_scales[s * t.R + r]);
+      if (pairs)
+        store(C, fma(t.asymmetric ? fma(to_float(zero), a_scale, as_float(d)) : as_float(d), scale, load(C)));
+      else
+        store(C, fma(to_float(d + (t.asymmetric ? dot16(zero, sum) : sum)), scale * a_scale, load(C)));
+    }
+  }
+}
+
+template <bool pairs>
+__attribute__((noinline)) void tile_matrix(const TileArgs& t) {
   alignas(64) int32_t dots[kMatrixRows * kTileN];
   const int64_t bytes = 4 * t.steps;
   for (int64_t s = 0; s < t.segments; s++) {
-    const uint8_t *w = t.codes + s * t.steps * 128, *a = t.a + s * bytes * R;
-    if (R > kRegisterRows)
-      segment_dots<pairs, true>(w, a, R, bytes, dots);
+    const uint8_t *w = t.codes + s * t.steps * 128, *a = t.a + s * bytes * t.R;
+    if (t.R > kRegisterRows)
+      segment_dots<pairs, true>(w, a, t.R, bytes, dots);
     else
-      segment_dots<pairs, false>(w, a, R, bytes, dots);
-    for (int64_t n = 0; n < kTileN; n += F32::lanes) {
-      const F32 scale = load(t.scales, t.scale_dtype, s * kTileN + n);
-      const F32 Z = t.zeros ? to_float(load_bytes(t.zeros + s * kTileN + n)) : F32::set1((float)zero);
-      for (int64_t r = 0; r < R; r++) {
-        float* C = t.C + r * kTileN + n;
-        const F32 before = t.first && s == 0 ? F32::zero() : load(C);
-        const I32 d = load_words(dots + r * kTileN + n);
-        if (pairs) {
-          store(C, fma(as_float(d), scale, before));
-        } else {  // dot - zero * sum is exact: all three are below 2^24
-          const F32 exact = fma(Z, F32::set1(-(float)t.a_sums[s * R + r]), to_float(d));
-          store(C, fma(exact, scale * F32::set1(t.a_scales[s * R + r]), before));
-        }
-      }
-    }
+      segment_dots<pairs, false>(w, a, t.R, bytes, dots);
+    add_dots<pairs>(t, s, dots);
   }
 }
 
-// Row blocks of R rows each.
-void sweep(const MultiplyArgs& a, int64_t row0, int64_t row1, int64_t R, int64_t block0, int64_t block1,
-           void* scratch) {
-  const PackedWeight& w = a.weight;
-  const bool int8 = a.compute == Compute::int8;
-  const int64_t bytes = segment_bytes(w, a.compute), segments = kTileK / w.segment, tile_bytes = segments * bytes;
-  const TileRegisters registers(R, line_bytes(bytes));
-  uint8_t *panel = (uint8_t*)scratch, *unpacked = panel + kTileK * kTileN * 4;
-  float* C = (float*)(panel + kPanelBytes);
-  TileArgs t;
-  t.scale_dtype = w.scale, t.segments = segments, t.steps = bytes / 4;
-  for (int64_t block = block0; block < block1; block++) {
-    for (int64_t k = 0; k < w.tiles; k++) {
-      const uint8_t* tile = w.data + (block * w.tiles + k) * w.tile_bytes;
-      t.scales = scales_of(w, tile), t.zeros = w.asymmetric ? zeros_of(w, tile) : nullptr, t.first = k == 0;
-      if (!int8) float_panel(w, tile, a.compute, unpacked, panel);
-      t.codes = int8 ? byte_panel(w, tile, unpacked) : panel;
-      for (int64_t m = row0; m < row1; m += R) {
-        const int64_t at = m * w.tiles + k * R;  // tiles of one row of activations
-        t.a = a.activations.codes + at * tile_bytes;
-        t.a_scales = a.activations.scales + at * segments, t.a_sums = a.activations.sums + at * segments;
-        t.C = C + (m - row0) * kTileN;
-        if (int8)
-          matrix_tile<false>(t, R, w.zero);
-        else
-          matrix_tile<true>(t, R, w.zero);
-      }
-    }
-    finish(a, row0, row1 - row0, block, C);
-  }
+struct MatrixTiles {
+  Tile of[kMatrixRows + 1];
+};
+constexpr MatrixTiles same_for_all(Tile tile) {
+  MatrixTiles tiles{};
+  for (Tile& t : tiles.of) t = tile;
+  return tiles;
+}
+constexpr MatrixTiles kMatrixBytes = same_for_all(tile_matrix<false>), kMatrixPairs = same_for_all(tile_matrix<true>);
+
+inline Method matrix_method_of(const MultiplyArgs& a) {
+  const bool wide = a.weight.bits == 8;
+  if (a.compute == Compute::int8) return {kMatrixBytes.of, wide ? nullptr : expand_bytes, !wide, 4, wide ? 1 : 2};
+  return {kMatrixPairs.of, kExpandPairs[wide], true, 2, 2};
 }
 
+// The tile registers have the shape of one number of rows: those of a smaller last block come apart.
 void multiply_by_matrix(const MultiplyArgs& a, int64_t row0, int64_t row1, int64_t block0, int64_t block1,
                         void* scratch) {
   if (!by_matrix(a.compute, a.activations.M)) return multiply(a, row0, row1, block0, block1, scratch);
-  const int64_t whole = row0 + (row1 - row0) / kMatrixRows * kMatrixRows;
-  if (row0 < whole) sweep(a, row0, whole, kMatrixRows, block0, block1, scratch);
-  if (whole < row1) sweep(a, whole, row1, row1 - whole, block0, block1, scratch);
+  const int64_t R = a.activations.block, whole = row0 + (row1 - row0) / R * R;
+  const int64_t line = line_bytes(segment_bytes(a.weight, a.compute));
+  const Method method = matrix_method_of(a);
+  if (row0 < whole) {
+    const TileRegisters registers(R, line);
+    multiply_by(method, a, row0, whole, block0, block1, scratch);
+  }
+  if (whole < row1) {
+    const TileRegisters registers(row1 - whole, line);
+    multiply_by(method, a, whole, row1, block0, block1, scratch);
+  }
 }
 
 constexpr LinearKernels matrix_linear_kernels = {matrix_block_rows, kBf16Products, kPanelBytes, prepare_by_matrix,

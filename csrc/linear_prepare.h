@@ -1,6 +1,7 @@
 // Activations into the form that the register tiles read (struct Activations).
 #pragma once
 #include "linear.h"
+#include "linear_decode.h"
 #include "linear_vec.h"
 
 namespace llmrt {
@@ -20,37 +21,54 @@ inline Source source_of(const PrepareArgs& a, int64_t position, int64_t length) 
   return {k0, count < length ? count : length};
 }
 
-// A vector of a segment's positions, from position i on.
-inline F32 load_inputs(const void* x, DType dtype, Source source, int64_t i) {
-  const int64_t left = source.count - i;
-  if (left >= F32::lanes) return load(x, dtype, source.k0 + i);
-  return left > 0 ? load(x, dtype, source.k0 + i, left) : F32::zero();
-}
-
-// Symmetric int8 of up to 128 values: scale absmax / 127. The largest magnitude is taken over the bits, so that NaN
-// wins and reaches the result through the scale.
-inline float quantize_segment(const void* x, DType dtype, Source source, int64_t length, int8_t* codes,
-                              int32_t& code_sum) {
+// Symmetric int8 of one segment: scale absmax / 127. The largest magnitude is taken over the bits, so that NaN wins and
+// reaches the result through the scale.
+template <int vectors, class T>
+inline float quantize(const T* x, int8_t* codes, int32_t& code_sum) {
   constexpr int64_t L = F32::lanes;
-  F32 values[kTileK / L];
-  I32 largest = I32::zero();
-  const int64_t vectors = length / L;
-  for (int64_t i = 0; i < vectors; i++) {
-    values[i] = load_inputs(x, dtype, source, i * L);
-    largest = max(largest, bits_of(values[i]) & I32::set1(0x7fffffff));
+  F32 values[vectors];
+  I32 largest[vectors], q[vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < vectors; i++) {
+    values[i] = load(x + i * L);
+    largest[i] = bits_of(values[i]) & I32::set1(0x7fffffff);
   }
-  const int32_t bits = max_of(largest);
+#pragma GCC unroll 16
+  for (int n = vectors / 2; n > 0; n /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) largest[i] = max(largest[i], largest[i + n]);
+  const int32_t bits = max_of(largest[0]);
   float absmax;
   memcpy(&absmax, &bits, 4);
   const F32 inverse = F32::set1(absmax == 0.f ? 0.f : 127.f / absmax);
-  I32 total = I32::zero();
-  for (int64_t i = 0; i < vectors; i++) {
-    const I32 q = round_to_int(values[i] * inverse);
-    total = total + q;
-    store_saturated(codes + i * L, q);
+#pragma GCC unroll 16
+  for (int i = 0; i < vectors; i++) {
+    q[i] = round_to_int(values[i] * inverse);
+    store_saturated(codes + i * L, q[i]);
   }
-  code_sum = sum(total);
+#pragma GCC unroll 16
+  for (int n = vectors / 2; n > 0; n /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) q[i] = q[i] + q[i + n];
+  code_sum = sum(q[0]);
   return absmax / 127.f;
+}
+
+template <class T>
+inline float quantize_segment(const T* x, int64_t length, int8_t* codes, int32_t& code_sum) {
+  if (length == 128) return quantize<128 / F32::lanes>(x, codes, code_sum);
+  if (length == 64) return quantize<64 / F32::lanes>(x, codes, code_sum);
+  return quantize<32 / F32::lanes>(x, codes, code_sum);
+}
+
+// The inputs of one segment, padded, as floats.
+inline void load_padded(const void* x, DType dtype, Source source, int64_t length, float* out) {
+  for (int64_t i = 0; i < length; i += F32::lanes) {
+    const int64_t left = source.count - i;
+    store(out + i, left >= F32::lanes ? load(x, dtype, source.k0 + i)
+                   : left > 0         ? load(x, dtype, source.k0 + i, left)
+                                      : F32::zero());
+  }
 }
 
 // `dwords` consecutive dwords to every R-th dword of `to`.
@@ -64,51 +82,93 @@ inline void scatter(const void* from, int64_t dwords, void* to, int64_t R) {
   }
 }
 
-void prepare_int8_row(const PrepareArgs& a, const PackedWeight& w, const void* x, int64_t r, int64_t R, uint8_t* codes,
-                      float* scales, int32_t* sums) {
-  alignas(64) int8_t buffer[kTileK];
-  const int64_t segments = w.tiles * kTileK / w.segment;
-  for (int64_t s = 0; s < segments; s++) {
-    int32_t total;
-    const Source source = source_of(a, s * w.segment, w.segment);
-    scales[s * R + r] = quantize_segment(x, a.dtype, source, w.segment, buffer, total);
-    sums[s * R + r] = w.asymmetric ? total : -w.zero * total;
-    scatter(buffer, w.segment / 4, codes + (s * w.segment * R + 4 * r), R);
-  }
+// The order of inputs that bf16 products take, see `expand_pairs`.
+template <int bits>
+inline void pair_up(const bf16* from, int64_t length, bf16* to) {
+  constexpr int inputs = 32 / bits;
+  for (int64_t k = 0; k < length; k += inputs)
+    for (int i = 0; i < inputs; i++) to[k + i] = from[k + input_at<bits>(i / 2) + i % 2 * 2];
 }
 
-void prepare_float_row(const PrepareArgs& a, const PackedWeight& w, const void* x, int64_t r, int64_t R,
-                       uint8_t* codes) {
-  alignas(64) float buffer[kTileK];
-  alignas(64) bf16 narrow[kTileK];
-  for (int64_t p = 0; p < w.tiles * kTileK; p += w.segment) {
-    const Source source = source_of(a, p, w.segment);
-    for (int64_t i = 0; i < w.segment; i += F32::lanes) {
-      const F32 v = load_inputs(x, a.dtype, source, i);
-      store(buffer + i, v);
-      store(narrow + i, v);
-      if (a.round_to_bf16) store(buffer + i, load(narrow + i));
+// One segment of rows m0 .. m0 + R - 1, prepared to one after another.
+template <class T>
+struct SegmentRows {
+  const PrepareArgs& a;
+  const PackedWeight& w;
+  int64_t s, R;
+  uint8_t* codes;  // [dwords][R]
+  float* scales;   // [R]
+  int32_t* sums;   // [R]
+
+  void int8_row(const T* x, int64_t r) const {
+    alignas(64) int8_t buffer[kTileK];
+    alignas(64) float padded[kTileK];
+    const int64_t p = s * w.segment;
+    int32_t total;
+    if (a.group == a.padded_group && p + w.segment <= a.K) {  // positions are inputs
+      scales[r] = quantize_segment(x + p, w.segment, buffer, total);
+    } else {
+      load_padded(x, a.dtype, source_of(a, p, w.segment), w.segment, padded);
+      scales[r] = quantize_segment(padded, w.segment, buffer, total);
     }
-    if (a.compute == Compute::bf16)
-      scatter(narrow, w.segment / 2, codes + 2 * p * R + 4 * r, R);
-    else
-      scatter(buffer, w.segment, codes + 4 * p * R + 4 * r, R);
+    sums[r] = w.asymmetric ? (uint16_t)-total : -w.zero * total;
+    scatter(buffer, w.segment / 4, codes + 4 * r, R);
+  }
+
+  void float_row(const T* x, int64_t r) const {
+    alignas(64) float buffer[kTileK];
+    alignas(64) bf16 narrow[kTileK], pairs[kTileK];
+    load_padded(x, a.dtype, source_of(a, s * w.segment, w.segment), w.segment, buffer);
+    F32 total = F32::zero();
+    for (int64_t i = 0; i < w.segment; i += F32::lanes) {
+      F32 v = load(buffer + i);
+      if (a.compute == Compute::bf16 || a.round_to_bf16) {
+        store(narrow + i, v);
+        v = load(narrow + i);
+        store(buffer + i, v);
+      }
+      total = total + v;
+    }
+    scales[r] = -sum(total);
+    if (a.compute == Compute::bf16) {
+      if (w.bits == 4)
+        pair_up<4>(narrow, w.segment, pairs);
+      else
+        pair_up<8>(narrow, w.segment, pairs);
+      scatter(pairs, w.segment / 2, codes + 4 * r, R);
+    } else {
+      scatter(buffer, w.segment, codes + 4 * r, R);
+    }
+  }
+};
+
+// The codes of the last call may lie in another core's cache: they are asked for one segment ahead.
+template <class T>
+void prepare_block(const PrepareArgs& a, const PackedWeight& w, int64_t m0, int64_t R) {
+  const int64_t segments = w.tiles * kTileK / w.segment;
+  const int64_t bytes = w.segment * (a.compute == Compute::int8 ? 1 : a.compute == Compute::bf16 ? 2 : 4);
+  uint8_t* codes = a.out.codes + m0 * segments * bytes;
+  for (int64_t s = 0; s < segments; s++, codes += R * bytes) {
+    const int64_t at = m0 * segments + s * R;
+    const SegmentRows<T> rows{a, w, s, R, codes, a.out.scales + at, a.out.sums + at};
+    for (int64_t i = 0; i < R * bytes; i += 64) prefetch_to_write(codes + R * bytes + i);
+    for (int64_t r = 0; r < R; r++) {
+      const T* x = (const T*)a.x + (m0 + r) * a.stride;
+      for (int64_t i = 0; i < w.segment; i += 64 / (int64_t)sizeof(T)) prefetch(x + (s + 1) * w.segment + i);
+      if (a.compute == Compute::int8)
+        rows.int8_row(x, r);
+      else
+        rows.float_row(x, r);
+    }
   }
 }
 
 void prepare_activations(const PrepareArgs& a, const PackedWeight& w, int64_t block0, int64_t block1) {
-  const int64_t row_bytes = w.tiles * kTileK * (a.compute == Compute::int8 ? 1 : a.compute == Compute::bf16 ? 2 : 4);
-  const int64_t segments = w.tiles * kTileK / w.segment;
   for (int64_t b = block0; b < block1; b++) {
-    const int64_t m0 = b * kBlockRows, R = a.out.M - m0 < kBlockRows ? a.out.M - m0 : kBlockRows;
-    for (int64_t r = 0; r < R; r++) {
-      const void* x = (const char*)a.x + (m0 + r) * a.stride * size_of(a.dtype);
-      uint8_t* codes = a.out.codes + m0 * row_bytes;
-      if (a.compute == Compute::int8)
-        prepare_int8_row(a, w, x, r, R, codes, a.out.scales + m0 * segments, a.out.sums + m0 * segments);
-      else
-        prepare_float_row(a, w, x, r, R, codes);
-    }
+    const int64_t m0 = b * a.out.block, R = a.out.M - m0 < a.out.block ? a.out.M - m0 : a.out.block;
+    if (a.dtype == DType::f32) prepare_block<float>(a, w, m0, R);
+    if (a.dtype == DType::bf16) prepare_block<bf16>(a, w, m0, R);
+    if (a.dtype == DType::f16) prepare_block<f16>(a, w, m0, R);
   }
 }
 

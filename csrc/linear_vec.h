@@ -30,6 +30,7 @@ inline I32 shift_left(I32 a) {
   return {_mm512_slli_epi32(a.v, bits)};
 }
 inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I32 dot16(I32 a, I32 b) { return {_mm512_madd_epi16(a.v, b.v)}; }  // of 2 signed 16-bit numbers per lane
 inline I32 round_to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline I32 bits_of(F32 a) { return {_mm512_castps_si512(a.v)}; }
 inline int32_t sum(I32 a) { return _mm512_reduce_add_epi32(a.v); }
@@ -56,8 +57,28 @@ inline void dot_bf16(F32& acc, I32 w, I32 a) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(a.v));
 #endif
 }
+// (code - zero) * scale in bf16 of two 4-bit codes per lane, in the low bits of its halves; the bits above do not
+// matter.
+struct PairTable {
+  __m512i values;
+  PairTable(int zero, int scale) {
+    const F32 low = {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+    const F32 v = mul(sub(low, F32::set1((float)zero)), F32::set1((float)scale));
+    values = _mm512_broadcast_i64x4(to_bf16(v));
+  }
+};
+inline I32 value_of(I32 codes, const PairTable& t) { return {_mm512_permutexvar_epi16(codes.v, t.values)}; }
 #endif
 inline F32 as_float(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+
+// The 16 values of 4-bit codes; the bits of a lane above the code do not matter.
+struct CodeTable {
+  __m512 values;
+  explicit CodeTable(int zero)
+      : values(_mm512_sub_ps(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                             _mm512_set1_ps((float)zero))) {}
+};
+inline F32 value_of(I32 codes, const CodeTable& t) { return {_mm512_permutexvar_ps(codes.v, t.values)}; }
 
 #else  // AVX2
 
@@ -88,6 +109,7 @@ inline I32 shift_left(I32 a) {
   return {_mm256_slli_epi32(a.v, bits)};
 }
 inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline I32 dot16(I32 a, I32 b) { return {_mm256_madd_epi16(a.v, b.v)}; }  // of 2 signed 16-bit numbers per lane
 inline I32 round_to_int(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline I32 bits_of(F32 a) { return {_mm256_castps_si256(a.v)}; }
 inline int32_t sum(I32 a) {
@@ -129,11 +151,21 @@ inline void dot(I32& acc, I32 w, I32 a) {
 #endif
 inline F32 as_float(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
 
+struct CodeTable {
+  I32 zero;
+  explicit CodeTable(int z) : zero(I32::set1(z)) {}
+};
+inline F32 value_of(I32 codes, const CodeTable& t) { return to_float((codes & I32::set1(15)) - t.zero); }
+
 #endif
 
 #if !defined(__AVX512BF16__)
 constexpr bool kBf16Products = false;
 inline void dot_bf16(F32&, I32, I32) {}  // never called: the entry point asks for f32 then
+struct PairTable {
+  PairTable(int, int) {}
+};
+inline I32 value_of(I32 codes, const PairTable&) { return codes; }
 #endif
 
 constexpr int64_t kHalves = 16 / F32::lanes;  // passes over a tile: two vectors of outputs at a time
@@ -147,6 +179,11 @@ inline I32 broadcast(const void* p) {
   memcpy(&x, p, 4);
   return I32::set1(x);
 }
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Asks for the line as owner, which __builtin_prefetch does only where a compiler flag allows it; a no-op on CPUs
+// without.
+inline void prefetch_to_write(const void* p) { __asm__ volatile("prefetchw (%0)" : : "r"(p)); }
 
 }  // namespace
 }  // namespace llmrt

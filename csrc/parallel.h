@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include <atomic>
+#include <memory>
 
 namespace llmrt {
 
@@ -23,22 +24,36 @@ void parallel_ranges(int64_t count, int64_t grain, const Function& f) {
   }
 }
 
-// Like parallel_ranges, but in `per_thread` pieces per thread, of which each thread takes the next when it is done with
-// one: a thread that the system holds up leaves its work to the others. Each thread calls start() once and hands its
-// result to f(state, begin, end).
+// Like parallel_ranges, but in `per_thread` pieces per thread, of which each thread, done with its own, takes
+// from the others: a thread that the system holds up leaves its work to the others, and yet each works on neighbouring
+// pieces. Each thread calls start() once and hands its result to f(state, begin, end).
 template <class Start, class Function>
 void parallel_pieces(int64_t count, int64_t per_thread, const Start& start, const Function& f) {
   if (count <= 0) return;
+  constexpr int64_t kMost = 1024;
   int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads();
   if (threads > count) threads = count;
+  if (threads > kMost) threads = kMost;
   if (threads <= 1) return f(start(), 0, count);
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0}, end{0};
+  };
+  static thread_local std::unique_ptr<Share[]> shares(new Share[kMost]);
+  Share* const share = shares.get();
   const int64_t pieces = count < per_thread * threads ? count : per_thread * threads;
-  std::atomic<int64_t> next{0};
+  for (int64_t t = 0; t < threads; t++) {
+    share[t].next.store(pieces * t / threads, std::memory_order_relaxed);
+    share[t].end.store(pieces * (t + 1) / threads, std::memory_order_relaxed);
+  }
 #pragma omp parallel num_threads(threads)
   {
     const auto state = start();
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces;)
-      f(state, count * i / pieces, count * (i + 1) / pieces);
+    const int64_t first = omp_get_thread_num();
+    for (int64_t t = 0; t < threads; t++) {
+      Share& s = share[(first + t) % threads];
+      for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.end.load(std::memory_order_relaxed);)
+        f(state, count * i / pieces, count * (i + 1) / pieces);
+    }
   }
 }
 

@@ -60,7 +60,7 @@ def cpu_name() -> str:
 
 
 def isa_tiers() -> dict[str, Any]:
-    """Return the tier in use, why, and those that this CPU could use, best first."""
+    """Return the tier in use, why, those that this CPU could use, and all that are compiled in, best first."""
     available = _C.cpu_isas().split(", ")
     forced = os.environ.get("LLMRT_CPU_ISA")
     if forced:
@@ -69,7 +69,12 @@ def isa_tiers() -> dict[str, Any]:
         reason = "this CPU lacks AVX2, FMA or F16C: plain torch runs instead of kernels"
     else:
         reason = "the best that CPU and operating system support"
-    return {"in_use": _C.cpu_isa(), "reason": reason, "available": available}
+    return {
+        "in_use": _C.cpu_isa(),
+        "reason": reason,
+        "available": available,
+        "compiled": _C.compiled_cpu_isas().split(", "),
+    }
 
 
 def openmp_runtimes() -> list[str]:

@@ -6,6 +6,7 @@ quant_linear, which tests/ops/test_operators.py runs on every ISA tier.
 
 import contextlib
 import io
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -73,10 +74,14 @@ def formats() -> str:
 def text() -> str:
     """Return what stands between the markers of the README."""
     tiers = sorted(f"`{file.stem}`" for file in (ROOT / "csrc/tiers").glob("*.cpp"))
+    macros = re.findall(r"defined\(EMULATE_(\w+)\)", (ROOT / "tests/ops/emulated_instructions.h").read_text())
+    emulated = sorted(f"`{macro.lower()}`" for macro in macros)
     return (
         f"Families, by the dtype of activations or the format of weights:\n\n{families()}\n"
         f"Weight formats, with the group sizes that are tested (any size from 8 on works):\n\n{formats()}\n"
-        f"Operators are tested on the ISA tiers {', '.join(tiers)} and `reference` (plain torch), in float32, bfloat16 and float16.\n"
+        f"Operators are tested in float32, bfloat16 and float16, on `reference` (plain torch) and on the ISA tiers of the machine, out of\n"
+        f"{', '.join(tiers)}. The quantized linears of {' and '.join(emulated)} are also tested over\n"
+        f"emulated instructions, on every machine with AVX2.\n"
     )
 
 

@@ -38,19 +38,21 @@ def doctor(
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     cpu, isa, threads, pages = found["cpu"], found["isa"], found["threads"], found["huge_pages"]
     others = [tier for tier in isa["available"] if tier != isa["in_use"]]
+    lacking = [tier for tier in isa["compiled"] if tier not in isa["available"]]
     rows = [
         ("CPU", cpu["name"]),
         ("cores", f"{cpu['cores']} physical, {cpu['logical_cores']} logical, {cpu['usable_cores']} usable"),
         ("memory", f"{cpu['memory_bytes'] / 2**30:.1f} GiB"),
         ("ISA tier", f"{isa['in_use']}: {isa['reason']}"),
         ("", f"also here: {', '.join(others)} (LLMRT_CPU_ISA chooses)" if others else "no other tier here"),
+        ("", f"compiled, but not for this CPU or system: {', '.join(lacking) or 'none'}"),
         ("threads", f"{threads['torch']}, OMP_NUM_THREADS {threads['OMP_NUM_THREADS'] or 'not set'}"),
         ("OpenMP", ", ".join(threads["openmp"]) or "none loaded"),
         ("huge pages", f"transparent: {pages['transparent'] or 'unknown'}, reserved: {pages['reserved']}"),
         ("XPU", _xpu(found["xpu"])),
     ]
     if len(threads["openmp"]) > 1:
-        rows.insert(7, ("", "two OpenMP runtimes in one process compete for the cores"))
+        rows.insert(8, ("", "two OpenMP runtimes in one process compete for the cores"))
     for count, peaks in found.get("measured", {}).items():
         rows.append((f"{count} thread{'' if count == '1' else 's'}", _peaks(peaks)))
     return [*rows, *((name, text) for name, text in found["versions"].items())]

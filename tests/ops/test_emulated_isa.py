@@ -88,6 +88,17 @@ def test_every_split_of_rows(rows: int, compute: str, emulated: str) -> None:
         compare_with_double(OPERATORS["quant_linear"], call(torch.randn(rows, 416), 40, layout, compute))
 
 
+@pytest.mark.parametrize("rows", [1, 7, 50])
+def test_int8_products_have_the_bits_of_the_tier_below(rows: int, emulated: str) -> None:
+    for layout in (Layout(), Layout("int4", True, 64), Layout("int8", True, 32)):
+        arguments = call(torch.randn(rows, 416), 40, layout).args
+        actual = ops.quant_linear(*arguments)
+        _C.force_cpu_isa(base_of(emulated))
+        expected = ops.quant_linear(*arguments)
+        _C.force_cpu_isa(f"emulated_{emulated}")
+        assert torch.equal(actual, expected), layout
+
+
 @pytest.mark.parametrize("bits", ["int4", "int8"])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_largest_sums_are_exact(bits: str, rows: int, emulated: str) -> None:

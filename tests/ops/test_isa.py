@@ -44,6 +44,17 @@ def test_unknown_tier_is_refused_with_the_valid_ones() -> None:
     assert f"LLMRT_CPU_ISA=avx9; valid here: {_C.cpu_isas()}" in done.stderr
 
 
+def test_tier_that_this_cpu_lacks_is_refused() -> None:
+    compiled, here = _C.compiled_cpu_isas().split(", "), _C.cpu_isas()
+    assert compiled == ["amx", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "reference"]
+    for name in set(compiled) - set(here.split(", ")):
+        done = start(name)
+        assert done.returncode != 0
+        assert f"LLMRT_CPU_ISA={name}, which this CPU or system lacks; valid here: {here}" in done.stderr
+        with pytest.raises(ValueError, match=f"cannot switch to ISA tier '{name}'; valid here: {here}"):
+            _C.force_cpu_isa(name)
+
+
 def test_switching_at_run_time_refuses_unknown_tiers() -> None:
     with pytest.raises(ValueError, match="cannot switch to ISA tier 'sse'"):
         _C.force_cpu_isa("sse")
@@ -83,6 +94,7 @@ CASCADE_LAKE = SKYLAKE_X | {"avx512_vnni"}
 ZEN_4 = COOPER_LAKE = CASCADE_LAKE | {"avx512_bf16"}
 ZEN_5 = ZEN_4 | {"avx_vnni"}
 SAPPHIRE_RAPIDS = ZEN_5 | {"amx_tile", "amx_int8", "amx_bf16"}
+BELOW_AMX = "avx512_bf16, avx512_vnni, avx_vnni, avx2, reference"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +111,13 @@ SAPPHIRE_RAPIDS = ZEN_5 | {"amx_tile", "amx_int8", "amx_bf16"}
         pytest.param(ZEN_4 | ZMM, "avx512_bf16, avx512_vnni, avx2, reference", id="Zen 4, Cooper Lake"),
         pytest.param(ZEN_5 | ZMM, "avx512_bf16, avx512_vnni, avx_vnni, avx2, reference", id="Zen 5"),
         pytest.param(ZEN_5 | YMM, "avx_vnni, avx2, reference", id="Zen 5, zmm registers are not saved"),
+        pytest.param(SAPPHIRE_RAPIDS | TILES, "amx, " + BELOW_AMX, id="Sapphire Rapids"),
+        pytest.param(SAPPHIRE_RAPIDS | ZMM, BELOW_AMX, id="Sapphire Rapids, tile registers are not saved"),
+        pytest.param(SAPPHIRE_RAPIDS - {"amx_int8"} | TILES, BELOW_AMX, id="AMX without int8"),
+        pytest.param(
+            SAPPHIRE_RAPIDS | YMM, "avx_vnni, avx2, reference", id="Sapphire Rapids, only ymm registers are saved"
+        ),
+        pytest.param(SAPPHIRE_RAPIDS | TILES - {"osxsave"}, "reference", id="registers saved by no system"),
     ],
 )
 def test_tiers_of_other_cpus(features: set[str], expected: str) -> None:

@@ -1,0 +1,269 @@
+// Register tiles of the quantized linear: R rows x 32 outputs x one packed tile of 128 inputs.
+#pragma once
+#include "linear.h"
+#include "linear_decode.h"
+#include "linear_vec.h"
+
+namespace llmrt {
+namespace {
+
+struct TileArgs {
+  const uint8_t* codes;  // a panel, or for the packed tiles the weight itself
+  const uint8_t* a;      // dwords [step][R]
+  const float* a_scales;
+  const int32_t* a_sums;
+  const uint8_t *scales, *zeros;
+  DType scale_dtype;
+  bool asymmetric;
+  int zero;
+  int64_t segments, steps;  // of this tile; steps (rows of dwords) per segment
+  int64_t R;
+  float* C;  // [R][32], added to
+};
+
+// Bytes of the weight that a single row block prefetches ahead. Few rows leave the core waiting for the memory only,
+// and the hardware's prefetcher then does better alone.
+constexpr int64_t ahead_of(int R) { return R >= kBlockRows / 2 ? 2048 : 0; }
+
+// Without it the compiler keeps C in registers across the segments, and has none left for the sums.
+inline __attribute__((always_inline)) void keep_in_memory() { __asm__ volatile("" : : : "memory"); }
+
+// C += scale * (a_scale * dots).
+template <int R>
+inline __attribute__((always_inline)) void add_segment(const TileArgs& t, int64_t s, int64_t h, const I32 (&c0)[R],
+                                                       const I32 (&c1)[R]) {
+  constexpr int64_t L = F32::lanes;
+  const int64_t n = s * kTileN + h * kHalfN;
+  const F32 s0 = load(t.scales, t.scale_dtype, n), s1 = load(t.scales, t.scale_dtype, n + L);
+  const float* A = t.a_scales + s * R;
+  float* C = t.C + h * kHalfN;
+  keep_in_memory();
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++, C += kTileN) {
+    const F32 scale = F32::set1(A[r]);
+    store(C, fma(to_float(c0[r]), s0 * scale, load(C)));
+    store(C + L, fma(to_float(c1[r]), s1 * scale, load(C + L)));
+  }
+}
+
+// The sums start from -zero * (sum of the activations): for symmetric weights one number, prepared.
+template <int R, bool asymmetric>
+inline __attribute__((always_inline)) void start_segment(const TileArgs& t, int64_t s, int64_t h, I32 (&c0)[R],
+                                                         I32 (&c1)[R]) {
+  const uint8_t* z = t.zeros + s * kTileN + h * kHalfN;
+  const int32_t* sums = t.a_sums + s * R;
+  I32 z0, z1;
+  if (asymmetric) z0 = load_bytes(z), z1 = load_bytes(z + F32::lanes);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+    const I32 sum = broadcast(sums + r);
+    c0[r] = asymmetric ? dot16(z0, sum) : sum, c1[r] = asymmetric ? dot16(z1, sum) : sum;
+  }
+}
+
+// Codes as bytes, [k4][32 n][4 k].
+template <int R, bool wide, bool asymmetric, bool stream>
+__attribute__((noinline)) void tile_bytes(const TileArgs& arguments) {
+  const TileArgs t = arguments;  // local: what the kernel stores cannot change it
+  for (int64_t h = 0; h < kHalves; h++)
+    for (int64_t s = 0; s < t.segments; s++) {
+      I32 c0[R], c1[R];
+      start_segment<R, asymmetric>(t, s, h, c0, c1);
+      const uint8_t *w = t.codes + s * t.steps * 128 + h * 64, *a = t.a + s * t.steps * 4 * R;
+      for (int64_t k = 0; k < t.steps; k++, w += 128, a += 4 * R) {
+        const I32 w0 = load_words(w), w1 = load_words(w + kVectorBytes);
+        if (stream && ahead_of(R)) prefetch(w + ahead_of(R)), prefetch(w + ahead_of(R) + 64);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+          const I32 b = broadcast(a + 4 * r);
+          dot<wide>(c0[r], w0, b), dot<wide>(c1[r], w1, b);
+        }
+      }
+      add_segment<R>(t, s, h, c0, c1);
+    }
+}
+
+// Codes as packed nibbles, split in registers: for one row block there is no panel to share.
+template <int R, bool asymmetric>
+__attribute__((noinline)) void tile_nibbles(const TileArgs& arguments) {
+  const TileArgs t = arguments;  // local: what the kernel stores cannot change it
+  for (int64_t h = 0; h < kHalves; h++)
+    for (int64_t s = 0; s < t.segments; s++) {
+      I32 c0[R], c1[R], d0[R], d1[R];  // d: a second chain, only where R = 1 leaves too few
+      start_segment<R, asymmetric>(t, s, h, c0, c1);
+      if (R == 1) d0[0] = d1[0] = I32::zero();
+      const uint8_t *w = t.codes + s * t.steps * 64 + h * 64, *a = t.a + s * t.steps * 4 * R;
+      for (int64_t k = 0; k < t.steps; k += 2, w += 128, a += 8 * R) {
+        const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes);
+        if (ahead_of(R)) prefetch(w + ahead_of(R)), prefetch(w + ahead_of(R) + 64);
+        const I32 low0 = low_nibbles(x0), low1 = low_nibbles(x1), high0 = high_nibbles(x0), high1 = high_nibbles(x1);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+          const I32 b = broadcast(a + 4 * r);
+          dot<false>(c0[r], low0, b), dot<false>(c1[r], low1, b);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+          const I32 b = broadcast(a + 4 * (R + r));
+          dot<false>(R == 1 ? d0[r] : c0[r], high0, b), dot<false>(R == 1 ? d1[r] : c1[r], high1, b);
+        }
+      }
+      if (R == 1) c0[0] = c0[0] + d0[0], c1[0] = c1[0] + d1[0];
+      add_segment<R>(t, s, h, c0, c1);
+    }
+}
+
+// Sums of float products start from zero point * -(sum of the activations), which a_scales holds.
+template <int R>
+inline __attribute__((always_inline)) void start_floats(const TileArgs& t, int64_t s, int64_t h, F32* c0, F32* c1,
+                                                        int stride) {
+  if (t.asymmetric) {
+    const uint8_t* z = t.zeros + s * kTileN + h * kHalfN;
+    const F32 z0 = to_float(load_bytes(z)), z1 = to_float(load_bytes(z + F32::lanes));
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      const F32 sum = F32::set1(t.a_scales[s * R + r]);
+      c0[r * stride] = z0 * sum, c1[r * stride] = z1 * sum;
+    }
+  } else {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) c0[r * stride] = c1[r * stride] = F32::zero();
+  }
+}
+
+template <int R>
+inline __attribute__((always_inline)) void add_floats(const TileArgs& t, int64_t s, int64_t h, const F32* c0,
+                                                      const F32* c1, int stride) {
+  constexpr int64_t L = F32::lanes;
+  const int64_t n = s * kTileN + h * kHalfN;
+  const F32 s0 = load(t.scales, t.scale_dtype, n), s1 = load(t.scales, t.scale_dtype, n + L);
+  float* C = t.C + h * kHalfN;
+  keep_in_memory();
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++, C += kTileN) {
+    store(C, fma(c0[r * stride], s0, load(C)));
+    store(C + L, fma(c1[r * stride], s1, load(C + L)));
+  }
+}
+
+// A panel of bf16 pairs or floats.
+template <int R, bool pairs>
+__attribute__((noinline)) void tile_floats(const TileArgs& arguments) {
+  const TileArgs t = arguments;  // local: what the kernel stores cannot change it
+  for (int64_t h = 0; h < kHalves; h++)
+    for (int64_t s = 0; s < t.segments; s++) {
+      F32 c0[R], c1[R];
+      start_floats<R>(t, s, h, c0, c1, 1);
+      const uint8_t *w = t.codes + s * t.steps * 128 + h * 64, *a = t.a + s * t.steps * 4 * R;
+      for (int64_t k = 0; k < t.steps; k++, w += 128, a += 4 * R) {
+        const I32 w0 = load_words(w), w1 = load_words(w + kVectorBytes);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+          const I32 b = broadcast(a + 4 * r);
+          if (pairs) {
+            dot_bf16(c0[r], w0, b), dot_bf16(c1[r], w1, b);
+          } else {
+            c0[r] = fma(as_float(w0), as_float(b), c0[r]), c1[r] = fma(as_float(w1), as_float(b), c1[r]);
+          }
+        }
+      }
+      add_floats<R>(t, s, h, c0, c1, 1);
+    }
+}
+
+// The packed codes themselves, decoded in registers: for one row block there is no panel to share. An 8-bit code is two
+// 4-bit ones for bf16 products, 16 * high - zero and low, both exact.
+template <int R, bool pairs, int bits>
+__attribute__((noinline)) void tile_codes(const TileArgs& arguments) {
+  const TileArgs t = arguments;                                      // local: what the kernel stores cannot change it
+  constexpr int kSteps = (pairs ? 16 : 32) / bits;                   // of activations per dword of codes
+  constexpr int kDecoded = pairs ? 4 : kSteps;                       // vectors that a dword of codes gives
+  constexpr int kChains = R == 1 ? 4 : R <= kBlockRows / 4 ? 2 : 1;  // fewer would wait for the latency of the products
+  const PairTable low(bits == 4 ? t.zero : 0, 1), high(bits == 4 ? t.zero : t.zero / 16, bits == 4 ? 1 : 16);
+  const CodeTable table(t.zero);
+  const I32 zero = I32::set1(t.zero);
+  for (int64_t h = 0; h < kHalves; h++)
+    for (int64_t s = 0; s < t.segments; s++) {
+      F32 c0[R * kChains], c1[R * kChains];
+      start_floats<R>(t, s, h, c0, c1, kChains);
+#pragma GCC unroll 4
+      for (int i = 1; i < kChains; i++)
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) c0[r * kChains + i] = c1[r * kChains + i] = F32::zero();
+      const int64_t rows = t.steps / kSteps;
+      const uint8_t *w = t.codes + s * rows * 128 + h * 64, *a = t.a + s * t.steps * 4 * R;
+      for (int64_t k = 0; k < rows; k++, w += 128, a += kSteps * 4 * R) {
+        const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes);
+        for_each_index<kDecoded>([&](auto i) __attribute__((always_inline)) {
+          constexpr int step = pairs ? i.value * kSteps / 4 : input_at<bits>(i.value), chain = i.value % kChains;
+          if constexpr (pairs) {
+            const PairTable& values = i.value % 2 ? high : low;
+            const I32 v0 = value_of(shift_right<4 * i.value>(x0), values);
+            const I32 v1 = value_of(shift_right<4 * i.value>(x1), values);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+              const I32 b = broadcast(a + 4 * (step * R + r));
+              dot_bf16(c0[r * kChains + chain], v0, b), dot_bf16(c1[r * kChains + chain], v1, b);
+            }
+          } else {
+            const F32 v0 = value_at<bits, i.value>(x0, table, zero), v1 = value_at<bits, i.value>(x1, table, zero);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+              const F32 b = as_float(broadcast(a + 4 * (step * R + r)));
+              c0[r * kChains + chain] = fma(v0, b, c0[r * kChains + chain]);
+              c1[r * kChains + chain] = fma(v1, b, c1[r * kChains + chain]);
+            }
+          }
+        });
+      }
+#pragma GCC unroll 4
+      for (int i = 1; i < kChains; i++)
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+          c0[r * kChains] = c0[r * kChains] + c0[r * kChains + i];
+          c1[r * kChains] = c1[r * kChains] + c1[r * kChains + i];
+        }
+      add_floats<R>(t, s, h, c0, c1, kChains);
+    }
+}
+
+using Tile = void (*)(const TileArgs&);
+struct TileTable {
+  Tile of[13];  // by R; those above kBlockRows are not called
+};
+constexpr int at_most_block(int R) { return R < kBlockRows ? R : kBlockRows; }
+#define LLMRT_TILE(f, R, ...) f<at_most_block(R), __VA_ARGS__>
+#define LLMRT_TILES(f, ...)                                                                                 \
+  {                                                                                                         \
+    {                                                                                                       \
+      nullptr, LLMRT_TILE(f, 1, __VA_ARGS__), LLMRT_TILE(f, 2, __VA_ARGS__), LLMRT_TILE(f, 3, __VA_ARGS__), \
+          LLMRT_TILE(f, 4, __VA_ARGS__), LLMRT_TILE(f, 5, __VA_ARGS__), LLMRT_TILE(f, 6, __VA_ARGS__),      \
+          LLMRT_TILE(f, 7, __VA_ARGS__), LLMRT_TILE(f, 8, __VA_ARGS__), LLMRT_TILE(f, 9, __VA_ARGS__),      \
+          LLMRT_TILE(f, 10, __VA_ARGS__), LLMRT_TILE(f, 11, __VA_ARGS__), LLMRT_TILE(f, 12, __VA_ARGS__)    \
+    }                                                                                                       \
+  }
+// By asymmetry.
+constexpr TileTable kNibbles[2] = {LLMRT_TILES(tile_nibbles, false), LLMRT_TILES(tile_nibbles, true)};
+constexpr TileTable kBytes[2] = {LLMRT_TILES(tile_bytes, true, false, true), LLMRT_TILES(tile_bytes, true, true, true)};
+// Panels; for int8 by 8-bit codes and asymmetry.
+constexpr TileTable kBytePanels[2][2] = {
+    {LLMRT_TILES(tile_bytes, false, false, false), LLMRT_TILES(tile_bytes, false, true, false)},
+    {LLMRT_TILES(tile_bytes, true, false, false), LLMRT_TILES(tile_bytes, true, true, false)}};
+constexpr TileTable kFloatPanels = LLMRT_TILES(tile_floats, false);
+// By 8-bit codes.
+constexpr TileTable kFloats[2] = {LLMRT_TILES(tile_codes, false, 4), LLMRT_TILES(tile_codes, false, 8)};
+#if defined(__AVX512BF16__)
+constexpr TileTable kPairPanels = LLMRT_TILES(tile_floats, true);
+constexpr TileTable kPairs[2] = {LLMRT_TILES(tile_codes, true, 4), LLMRT_TILES(tile_codes, true, 8)};
+constexpr Expand kExpandPairs[2] = {expand_pairs<4>, expand_pairs<8>};
+#else  // never called: see kBf16Products
+constexpr TileTable kPairPanels = kFloatPanels;
+constexpr TileTable kPairs[2] = {kFloats[0], kFloats[1]};
+constexpr Expand kExpandPairs[2] = {nullptr, nullptr};
+#endif
+constexpr Expand kExpandFloats[2] = {expand_floats<4>, expand_floats<8>};
+#undef LLMRT_TILES
+#undef LLMRT_TILE
+
+}  // namespace
+}  // namespace llmrt
