@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,10 @@ from .cache_setup import CacheSetup
 from .deployment import Deployment
 from .greedy import Generate
 from .linear import LinearGroup, QuantLinear, SiblingLinear
+from .memory import FilePages, return_free_memory
 from .mlp import GatedMLP, QuantGatedMLP
 from .norm import convert_norm
-from .plan import Plan, Step, settle_attention
+from .plan import Plan, Step, settle_attention, weights_of
 from .positions import with_limit
 from .rope import with_rotation
 
@@ -38,6 +38,7 @@ class Converter:
     ) -> None:
         """Remember what to change."""
         self.model, self.plan, self.dtype, self.keep = model, plan, dtype, keep
+        self.pages = FilePages(model)
         self.deploy, self.strict = deploy, strict
         self.undo: list[Callable[[], None]] = []
         self.freed: list[str] = []
@@ -50,13 +51,10 @@ class Converter:
                 while quantizing or converting): then it is marked unusable, and the message says so.
         """
         try:
-            quantizing = [s for s in self.plan.steps if s.schemes]
-            for step in [s for s in self.plan.steps if not s.schemes] + quantizing:
-                getattr(self, f"_{step.kind}")(step)
-                if step.schemes and not self.keep:
-                    self.freed += step.names
-                    self.undo.clear()
-                    return_free_memory()
+            for step in self.plan.steps:
+                if not step.schemes:
+                    getattr(self, f"_{step.kind}")(step)
+            self._quantize([s for s in self.plan.steps if s.schemes])
             self._untie()
             self._dtype()
             self._attention()
@@ -69,6 +67,18 @@ class Converter:
             raise
         if self.plan.quantization is not None:
             return_free_memory()
+
+    def _quantize(self, steps: list[Step]) -> None:
+        """Take one weight after the other: the next is read from its file while this one is packed and let go."""
+        for index, step in enumerate(steps):
+            for following in steps[index + 1 : index + 2]:
+                self.pages.read_ahead(weights_of(self.model, following))
+            getattr(self, f"_{step.kind}")(step)
+            if not self.keep:
+                self.freed += step.names
+                self.undo.clear()
+                return_free_memory()
+            self.pages.release()
 
     def _refuse(self, error: BaseException) -> None:
         message = (
@@ -184,6 +194,7 @@ class Converter:
                 if not self.keep:  # one at a time: the old values are freed
                     self.freed.append(name)
                     old.data = old.data.to(self.dtype)
+                    self.pages.release()
                     continue
                 if id(old) not in done:  # tied parameters stay tied
                     done[id(old)] = nn.Parameter(old.detach().to(self.dtype), old.requires_grad)
@@ -192,19 +203,3 @@ class Converter:
             old = part.dtype
             part.dtype = self.dtype
             self.undo.append(lambda part=part, old=old: setattr(part, "dtype", old))  # type: ignore[misc]
-
-
-def return_free_memory() -> None:
-    """Hand freed blocks back to the system where the C library can (glibc keeps those below its mmap threshold)."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters and buffers, each storage counted once."""
-    sizes = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
-    }
-    return sum(sizes.values())

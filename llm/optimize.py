@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .convert import Converter, weight_bytes
+from .convert import Converter
 from .deployment import undeployable
 from .linear import QuantLinear, SiblingLinear
+from .memory import weight_bytes
 from .plan import Planner, check_weights
 from .quantization import WeightOnlyQuantConfig
 from .sharing import share_copy

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import probe, trial
 from .cache_setup import CacheSetup
 from .families import FAMILIES, Family, Gated, GatedFused, Plain, find_family
 from .linear import CanonicalLinear, Scheme
+from .memory import FilePages, tensors_of
 from .mlp import GATED_ACTIVATIONS
 from .norm import is_layer_norm, rms_norm_eps
 from .quantization import WeightOnlyQuantConfig
@@ -381,24 +382,36 @@ def settle_attention(plan: Plan, model: Any, reason: str | None) -> None:
         plan.report.add("", "cache", "KVCache in generate")
 
 
+def weights_of(model: nn.Module, step: Step) -> list[Tensor]:
+    """Return the tensors of the linears of a step."""
+    modules = [model.get_submodule(name) for name in step.names]
+    return [t for module in modules if is_linear(module) for t in tensors_of(module)]
+
+
 def check_weights(model: nn.Module, plan: Plan) -> None:
     """Raise ValueError if a weight that will be quantized is not a finite floating matrix."""
-    modules = dict(model.named_modules())
+    pages = FilePages(model)
     for step in plan.steps:
-        for name in step.names if step.schemes else ():
-            module = modules[name]
-            if isinstance(module, CanonicalLinear):
-                try:
-                    part = module.canonical()
-                except RuntimeError as error:
-                    raise ValueError(f"{name}: {error}") from None
-                if not bool(torch.isfinite(part.scales).all()):
-                    raise ValueError(f"{name}.scales has NaN or infinite values")
-            elif isinstance(module, nn.Linear):
-                for rows in module.weight.detach().split(max(1, (1 << 18) // max(1, module.in_features))):
-                    # a float64 sum of finite float32 values is finite
-                    if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
-                        raise ValueError(f"{name}.weight has NaN or infinite values; it cannot be quantized")
+        if not step.schemes:
+            continue
+        pages.read_ahead(weights_of(model, step))
+        for name in step.names:
+            _check_weight(name, model.get_submodule(name))
+        pages.release()
+
+
+def _check_weight(name: str, module: nn.Module) -> None:
+    if isinstance(module, CanonicalLinear):
+        try:
+            part = module.canonical()
+        except RuntimeError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if not bool(torch.isfinite(part.scales).all()):
+            raise ValueError(f"{name}.scales has NaN or infinite values")
+    elif isinstance(module, nn.Linear) and module.weight.numel():
+        extremes = torch.aminmax(module.weight.detach())  # a NaN makes both NaN
+        if not all(bool(torch.isfinite(t)) for t in extremes):
+            raise ValueError(f"{name}.weight has NaN or infinite values; it cannot be quantized")
 
 
 def _join(owner: str, attribute: str) -> str:

@@ -1,0 +1,123 @@
+"""Worker of benchmarks/load.py: makes one model ready in one way and writes what that took as JSON. See `WAYS`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the checkout, where llmrt is not installed
+from protocol import peak_memory_bytes
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("way", choices=(*WAYS, "make"))
+    options.add_argument("directory", type=Path)
+    options.add_argument("--shape")
+    options.add_argument("--threads", type=int, required=True)
+    options.add_argument("--config", type=json.loads, required=True, help="of WeightOnlyQuantConfig")
+    return options.parse_args()
+
+
+def make(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the model with random weights in bfloat16, optimize it and write that; return the seconds of both."""
+    import torch
+
+    from llmrt import llm
+    from llmrt.llm.families.shapes import shape_config
+    from llmrt.llm.random_weights import bare_model, fill_linears
+
+    model = bare_model(shape_config(args.shape), torch.bfloat16)
+    fill_linears(model)
+    config = llm.WeightOnlyQuantConfig(**args.config)
+    seconds = {"save float": _timed(lambda: model.save_pretrained(args.directory / "float"))}
+    seconds["optimize"] = _timed(lambda: llm.optimize(model, inplace=True, quantization_config=config))
+    seconds["save quantized"] = _timed(lambda: model.save_pretrained(args.directory / "quantized"))
+    return {"seconds": seconds, "weight_bytes": model.optimization_report.bytes_after}
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def optimize(directory: Path, config: Any) -> Any:
+    """Load the float model, then optimize it."""
+    from transformers import AutoModelForCausalLM
+
+    from llmrt import llm
+
+    model = AutoModelForCausalLM.from_pretrained(directory / "float").eval()
+    return llm.optimize(model, inplace=True, quantization_config=config)
+
+
+def quantize_on_load(directory: Path, config: Any) -> Any:
+    """Load the float model with a quantization config."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory / "float", quantization_config=config)
+
+
+def reload(directory: Path, config: Any) -> Any:
+    """Load the quantized model."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory / "quantized")
+
+
+WAYS = {"load and optimize": optimize, "quantize on load": quantize_on_load, "reload quantized": reload}
+
+
+def resident_bytes() -> int:
+    """Return what the process occupies now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def load(args: argparse.Namespace) -> dict[str, Any]:
+    """Make the model ready in one way and generate twice."""
+    start = time.perf_counter()
+    import torch
+
+    from llmrt import llm
+
+    imported, before = time.perf_counter(), resident_bytes()
+    config = llm.WeightOnlyQuantConfig(**args.config)
+    model = WAYS[args.way](args.directory, config)
+    loaded, peak = time.perf_counter(), peak_memory_bytes()
+    tokens = torch.arange(1, 9).unsqueeze(0)
+
+    def first_token() -> float:
+        return _timed(lambda: model.generate(tokens, max_new_tokens=1, do_sample=False, pad_token_id=0))
+
+    return {
+        "import_s": imported - start,
+        "load_s": loaded - imported,
+        "first_token_s": first_token(),
+        "next_first_token_s": first_token(),
+        "before_bytes": before,
+        "peak_bytes": peak,
+        "after_bytes": resident_bytes(),
+    }
+
+
+def main() -> None:
+    """Run and print one line of JSON last."""
+    args = parse()
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(args.threads)
+    logging.disable_progress_bar()
+    print(json.dumps(make(args) if args.way == "make" else load(args)))
+
+
+if __name__ == "__main__":
+    main()
