@@ -10,6 +10,7 @@ from torch import nn
 
 from . import attention, trial
 from .cache_setup import CacheSetup
+from .dense import DenseLinear, use_huge_pages
 from .deployment import Deployment
 from .greedy import Generate
 from .linear import LinearGroup, QuantLinear, SiblingLinear
@@ -57,6 +58,7 @@ class Converter:
             self._quantize([s for s in self.plan.steps if s.schemes])
             self._untie()
             self._dtype()
+            use_huge_pages(m.weight for m in self.model.modules() if isinstance(m, DenseLinear))
             self._attention()
             self._deployment()
         except BaseException as error:
@@ -143,6 +145,12 @@ class Converter:
     def _linear(self, step: Step) -> None:
         name = step.names[0]
         self._set(name, QuantLinear.from_linear(self.model.get_submodule(name), step.schemes[0]))
+
+    def _dense(self, step: Step) -> None:
+        module = self.model.get_submodule(step.names[0])
+        old = type(module)
+        module.__class__ = DenseLinear
+        self.undo.append(lambda: setattr(module, "__class__", old))
 
     def _attention(self) -> None:
         model, plan = self.model, self.plan

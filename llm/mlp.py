@@ -54,7 +54,6 @@ class GatedMLP(nn.Module):
             self.add_module(name, linear)
         self.names = tuple(linears)
         self.activation = activation
-        self._product = _PRODUCTS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., K] for x [..., K]."""
@@ -63,7 +62,7 @@ class GatedMLP(nn.Module):
             gate, up = modules[names[0]](x), modules[names[1]](x)  # type: ignore[misc]
         else:
             gate, up = modules[names[0]](x).chunk(2, -1)  # type: ignore[misc]
-        return modules[names[-1]](self._product(gate, up))  # type: ignore[misc]
+        return modules[names[-1]](_PRODUCTS[self.activation](gate, up))  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         """Return what `print` shows."""

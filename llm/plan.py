@@ -28,7 +28,7 @@ class Step:
     """One replacement.
 
     Args:
-        kind: norm, rope, positions, gated, fold, group, linear: what llm/convert.py does.
+        kind: norm, rope, positions, gated, fold, group, linear, dense: what llm/convert.py does.
         names: full names of the modules; for gated and fold the owner comes first.
         offset: of an RMS norm; None for a layer norm.
         function: global name of the rotation.
@@ -267,7 +267,7 @@ class Planner:
             scheme = self._scheme(full[0])
             if scheme is None:
                 if self.quantization is None:
-                    self.report.add(owner, "mlp", reason="floating point: torch's linear and activation are used")
+                    self.report.add(owner, "mlp", reason="floating point: the activation is joined in graphs")
                 continue
             activation = self._activation(module, kind.activation)
             key = (type(module), kind)
@@ -333,14 +333,14 @@ class Planner:
             assert self.quantization is not None
             scheme = self._scheme(name)
             if (entry := self.quantization.excluded_by(name)) is not None:
-                self.report.add(name, kind, reason=f"modules_to_not_convert has {entry!r}")
+                self._dense(name, module, kind, f"modules_to_not_convert has {entry!r}")
             elif not is_linear(module):
                 reason = f"{type(module).__name__} has a forward of its own"
                 self.report.add(name, kind, reason=reason, expected=False)
             elif name in self.read:
                 self.report.add(name, kind, reason="the model reads its weight directly", expected=False)
             elif scheme is None:
-                self.report.add(name, kind, reason="lm_head=False")
+                self._dense(name, module, kind, "lm_head=False")
             else:
                 by = f"QuantLinear {scheme.layout}"
                 if kind == "head" and self._tied(module):
@@ -352,11 +352,21 @@ class Planner:
         return getattr(head, "weight", None) is getattr(embedding, "weight", 0)
 
     def _float_linears(self) -> None:
+        head = self.model.get_output_embeddings()
         for name, module in self.modules.items():
             if isinstance(module, CanonicalLinear):
                 raise ValueError(f"{name} holds a quantized checkpoint; pass its quantization_config")
             if isinstance(module, nn.Linear):
-                self.report.add(name, "linear", reason="floating point: torch's linear is used")
+                self._dense(name, module, "head" if module is head else "linear")
+
+    def _dense(self, name: str, module: nn.Module, kind: str, reason: str | None = None) -> None:
+        """Let a linear stay floating point; reason: why."""
+        if type(module) is nn.Linear:
+            self.plan_.steps.append(Step("dense", (name,)))
+            self.report.add(name, kind, "ops.dense_linear", reason)
+        else:
+            own = f"{type(module).__name__} is a class of its own; graphs run it by ops.dense_linear"
+            self.report.add(name, kind, reason="; ".join(filter(None, (reason, own))))
 
     def _unmatched_exclusions(self) -> None:
         assert self.quantization is not None

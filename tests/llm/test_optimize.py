@@ -13,6 +13,7 @@ from torch import nn
 
 from llmrt import llm
 from llmrt.llm import convert
+from llmrt.llm.dense import DenseLinear
 from llmrt.llm.linear import QuantLinear
 
 INT4 = {"group_size": 32}
@@ -125,15 +126,15 @@ def test_report_names_everything() -> None:
     named = {e.name for e in report.entries}
     leaves = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     assert leaves <= named and {"", "model.norm", "model.layers.1.self_attn"} <= named
-    reasons = {e.name: e.reason for e in report.kept}
+    reasons = {e.name: e.reason for e in report.entries}
     assert reasons["lm_head"] == "lm_head=False"
     assert reasons["model.layers.1.self_attn.k_proj"] == "modules_to_not_convert has 'k_proj'"
     assert reasons["model.layers.0.mlp"] == "modules_to_not_convert keeps some of its linears"
     assert not report.unoptimized and report.family == "llama"
     linear = type(fast.lm_head), type(fast.model.layers[0].mlp.up_proj), type(fast.model.layers[0].mlp.gate_proj)
-    assert linear == (nn.Linear, nn.Linear, QuantLinear)
+    assert linear == (DenseLinear, DenseLinear, QuantLinear)
     text = str(report)
-    assert "model.layers.*.self_attn.k_proj [linear] x 2: modules_to_not_convert has 'k_proj'" in text
+    assert "self_attn.k_proj [linear] x 2 -> ops.dense_linear: modules_to_not_convert has 'k_proj'" in text
     assert report.bytes_before == sum(p.nbytes for p in (*model.parameters(), *model.buffers()))
     assert report.bytes_after < report.bytes_before
 
