@@ -1,4 +1,4 @@
-"""Tables, extremes and plot of what benchmarks/kernels.py measured."""
+"""Tables, extremes and plot of what benchmarks/operators.py measured."""
 
 from __future__ import annotations
 
@@ -38,22 +38,33 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
+#: Name -> rows (or tokens) from and to.
+SPANS = {"one row": (1, 1), "2 to 32 rows": (2, 32), "more rows": (33, 1 << 30)}
+
+
 def extremes(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return, per rival, one row (M = 1) and many rows (M >= 128), where we are least ahead of it: the ratio and what was measured."""
-    found = []
+    """Return where we are least ahead of each rival: per program, way to compute and span of rows the ratio and its case."""
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for program, measured in rows.items():
-        rivals = sorted({field for row in measured for field in row if field.startswith("x ")})
-        for rival in rivals:
-            for span, least, most in (("one row", 1, 1), ("2 to 32 rows", 2, 32), ("more rows", 33, 1 << 30)):
-                inside = [
-                    row
-                    for row in measured
-                    if row.get(rival) is not None and least <= row.get("M", row.get("S", 0)) <= most
-                ]
-                if inside:
-                    worst = min(inside, key=lambda row: row[rival])
-                    case = ", ".join(f"{k} {v}" for k, v in names(worst).items())
-                    found.append({"of": program, "rival": rival, "at": span, "least": worst[rival], "case": case})
+        for row in measured:
+            size = row.get("M", row.get("S", 0))
+            span = next(name for name, (least, most) in SPANS.items() if least <= size <= most)
+            for rival in (field for field in row if field.startswith("x ") and row[field] is not None):
+                groups.setdefault((program, row.get("compute", "-"), rival[2:], span), []).append(row)
+    found = []
+    for (program, compute, rival, span), inside in groups.items():
+        worst = min(inside, key=lambda row: row[f"x {rival}"])
+        case = ", ".join(f"{field} {value}" for field, value in names(worst).items())
+        found.append(
+            {
+                "of": program,
+                "compute": compute,
+                "rival": rival,
+                "at": span,
+                "x least": worst[f"x {rival}"],
+                "case": case,
+            }
+        )
     return found
 
 

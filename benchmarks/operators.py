@@ -3,10 +3,10 @@
 The floor of a case is the larger of its bytes at the read bandwidth and its operations at the peak of the unit. The programs of
 benchmarks/ops do the measuring and can be used alone.
 
-    python benchmarks/kernels.py --shape llama-3.2-1b
-    python benchmarks/kernels.py --shape qwen3-0.6b --only linear,attention --quick
+    python benchmarks/operators.py --shape llama-3.2-1b
+    python benchmarks/operators.py --shape qwen3-0.6b --only linear,attention --quick
 
-Writes kernels-SHAPE.json, .txt and .png to benchmarks/results. benchmarks/README.md has the rules.
+Writes operators-SHAPE.json, .txt and .png to benchmarks/results. benchmarks/README.md has the rules.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE.parent), str(HERE / "ops")]  # where llmrt is not installed, the checkout serves
 
 import torch  # noqa: E402
-from kernels_report import extremes, plot, table  # noqa: E402
+from operators_report import extremes, plot, table  # noqa: E402
 
 from llmrt.llm import measure  # noqa: E402
 from llmrt.llm.families.shapes import SHAPES, shape_config, shape_names  # noqa: E402
@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seconds", type=float, default=0.2, help="measured time per case and contestant")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
     add("--quick", action="store_true", help="few sizes, little time: to see that all works")
-    add("--name", help="the results are NAME.json, ...; default: kernels-SHAPE")
+    add("--name", help="the results are NAME.json, ...; default: operators-SHAPE")
     add("--out", type=Path, default=HERE / "results", help="folder for the results")
     args = parser.parse_args(arguments)
     args.only = args.only.split(",")
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     record = collect(args)
     text = table(record)
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / (args.name or f"kernels-{args.shape}")
+    stem = args.out / (args.name or f"operators-{args.shape}")
     record["extremes"] = extremes(record["rows"])
     stem.with_name(stem.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
     stem.with_name(stem.name + ".txt").write_text(text + "\n")
