@@ -8,11 +8,14 @@ Example:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from harness import against_limits, copies, numbers, parser, report, seconds_per_call, start
+from harness import against_limits, against_rivals, alternate, copies, numbers, parser, run
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from llmrt import ops
 
@@ -22,24 +25,37 @@ def pairs(text: str) -> list[tuple[int, int]]:
     return [(int(s), int(t)) for s, t in (pair.split("x") for pair in text.split(","))]
 
 
+def rival(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Any]:
+    """Return torch's call for the same result: without a mask where it can do without, else with a boolean one."""
+    s, t = query.shape[1], key.shape[2]
+    settings: dict[str, Any] = {"enable_gqa": True, "is_causal": s == t and s > 1}
+    if 1 < s < t:
+        settings["attn_mask"] = torch.ones(s, t, dtype=torch.bool).tril(t - s)
+    return partial(scaled_dot_product_attention, query.transpose(1, 2), key, value, **settings)
+
+
 def case(
-    batch: int, queries: int, length: int, heads: list[int], dtype: torch.dtype, peaks: dict[str, float], seconds: float
+    batch: int, queries: int, length: int, heads: list[int], dtype: torch.dtype, peaks: dict[str, float], args: Any
 ) -> dict[str, Any]:
     """Measure S query tokens at the end of T cached ones."""
     h, hk, d = heads
     cache_bytes = 2 * batch * hk * length * d * dtype.itemsize
-    calls = []
+    data = []
     for _ in range(copies(cache_bytes)):
-        key, value = (torch.randn(batch, hk, length, d).to(dtype) for _ in range(2))
-        query = torch.randn(batch, queries, h, d).to(dtype)
-        calls.append(partial(ops.attention, query, key, value, length, d**-0.5))
+        key, value = (torch.empty(batch, hk, length, d, dtype=dtype).normal_() for _ in range(2))
+        data.append((torch.randn(batch, queries, h, d).to(dtype), key, value))
     # Pairs (query, key) that a causal mask leaves, times heads, two products of D each.
     seen = queries * length - queries * (queries - 1) // 2
     ops_count = 4.0 * batch * h * d * seen
     moved = cache_bytes + 2 * batch * queries * h * d * dtype.itemsize
     unit = "fp32" if dtype == torch.float32 else "bf16"
     name = {"B": batch, "S": queries, "T": length, "H": h, "Hk": hk, "D": d}
-    return name | against_limits(seconds_per_call(calls, seconds), moved, ops_count, peaks, unit)
+    contestants = [[partial(ops.attention, *one, length, d**-0.5) for one in data]]
+    if args.rivals:
+        contestants.append([rival(*one) for one in data])
+    ours, *theirs = alternate(contestants, args.seconds)
+    row = name | against_limits(ours, moved, ops_count, peaks, unit)
+    return row | against_rivals(ours, dict(zip(["sdpa"], theirs, strict=False)))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,16 +66,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     options.add_argument("--heads", default="32x8x64", help="HxHkxD: query heads, key/value heads, head dimension")
     options.add_argument("--batches", type=numbers, default=[1], help="comma separated")
+    options.add_argument("--rivals", action="store_true", help="in turn with torch's scaled_dot_product_attention")
     return options.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def measure(args: argparse.Namespace, peaks: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Measure all cases."""
-    args = parse(arguments)
-    peaks, dtype = start(args)
     heads = [int(part) for part in args.heads.split("x")]
-    rows = [case(b, s, t, heads, dtype, peaks, args.seconds) for b in args.batches for s, t in args.cases]
-    report(rows, peaks, args)
+    return [case(b, s, t, heads, dtype, peaks, args) for b in args.batches for s, t in args.cases]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    run(parse, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
+from typing import Any
 
 import torch
-from harness import against_limits, copies, numbers, parser, report, seconds_per_call, start
+from harness import against_limits, copies, numbers, parser, run, seconds_per_call
 
 from llmrt import ops
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure both on the strided halves of one tensor, as a fused gate/up projection gives them."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
     options = parser(__doc__)
     options.add_argument("--rows", type=numbers, default=[1, 16, 512], help="M, comma separated")
     options.add_argument("--sizes", type=numbers, default=[8192], help="intermediate sizes, comma separated")
-    args = options.parse_args(arguments)
-    peaks, dtype = start(args)
+    return options.parse_args(arguments)
+
+
+def measure(args: argparse.Namespace, peaks: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Measure both on the strided halves of one tensor, as a fused gate/up projection gives them."""
     rows = []
     for width in args.sizes:
         for m in args.rows:
@@ -30,7 +35,12 @@ def main(arguments: list[str] | None = None) -> None:
                 calls = [partial(operator, gate, up, *extra) for gate, up in halves]
                 seconds = seconds_per_call(calls, args.seconds)
                 rows.append({"op": name, "M": m, "width": width} | against_limits(seconds, moved, 0.0, peaks, "fp32"))
-    report(rows, peaks, args)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    run(parse, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,19 @@
 Example:
 
     python benchmarks/ops/bench_linear.py --rows 1,16,512 --sizes 2048x8192 --layouts int4_sym_g128_bf16 --computes int8
+    python benchmarks/ops/bench_linear.py --rivals bf16,int4pack
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from harness import against_limits, copies, numbers, parser, report, seconds_per_call, sizes, start
+from harness import against_limits, against_rivals, alternate, copies, numbers, parser, run, sizes
+from torch.nn.functional import linear
 
 from llmrt import ops
 from llmrt.ops.formats import Layout
@@ -28,10 +31,27 @@ def weight(k: int, n: int, layout: Layout) -> torch.Tensor:
     return ops.pack_weight(codes, torch.full(shape, 0.01, dtype=layout.scale_dtype), zeros, str(layout), k)
 
 
+def rival(name: str, rows: int, k: int, n: int, layout: Layout) -> list[Callable[[], Any]] | None:
+    """Return the calls of what torch has for a shape; None if it cannot run it.
+
+    bf16: its linear. int4pack: `torch._weight_int4pack_mm_for_cpu`, of INT4 in groups, outputs in 16s.
+    """
+    x = torch.randn(rows, k, dtype=torch.bfloat16)
+    if name == "bf16":
+        weights = [torch.empty(n, k, dtype=torch.bfloat16).normal_() for _ in range(copies(2 * n * k))]
+        return [partial(linear, x, weight) for weight in weights]
+    group = layout.group_size
+    if layout.format.bits != 4 or group not in (32, 64, 128) or n % 16 or k % group:
+        return None
+    scales = torch.full((k // group, n, 2), 0.01, dtype=torch.bfloat16)
+    packed = [torch.randint(256, (n, k // 2), dtype=torch.uint8) for _ in range(copies(n * k / 2))]
+    return [partial(torch._weight_int4pack_mm_for_cpu, x, weight, group, scales) for weight in packed]
+
+
 def case(
-    rows: int, k: int, n: int, layout: str, compute: str, dtype: torch.dtype, peaks: Any, seconds: float
+    rows: int, k: int, n: int, layout: str, compute: str, dtype: torch.dtype, peaks: Any, args: Any
 ) -> dict[str, Any]:
-    """Measure one case."""
+    """Measure one case, in turn with torch's own."""
     packed = weight(k, n, Layout.parse(layout))
     x = torch.randn(rows, k).to(dtype)
     moved = packed.numel() + (x.numel() + rows * n) * x.element_size()
@@ -39,8 +59,12 @@ def case(
         partial(ops.quant_linear, x, packed if i == 0 else packed.clone(), None, None, layout, n, compute)
         for i in range(copies(packed.numel()))
     ]
-    name = {"M": rows, "K": k, "N": n, "layout": layout, "compute": compute}
-    return name | against_limits(seconds_per_call(calls, seconds), moved, 2.0 * rows * k * n, peaks, UNITS[compute])
+    rivals = {name: rival(name, rows, k, n, Layout.parse(layout)) for name in args.rivals.split(",") if name}
+    running = {name: theirs for name, theirs in rivals.items() if theirs is not None}
+    ours, *theirs = alternate([calls, *running.values()], args.seconds)
+    times = dict.fromkeys(rivals) | dict(zip(running, theirs, strict=True))
+    row = {"M": rows, "K": k, "N": n, "layout": layout, "compute": compute}
+    return row | against_limits(ours, moved, 2.0 * rows * k * n, peaks, UNITS[compute]) | against_rivals(ours, times)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -54,21 +78,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--layouts", default="int4_sym_g128_bf16,int4_sym_g32_bf16,int8_sym_channel_f32", help="comma separated"
     )
     options.add_argument("--computes", default="int8,bf16", help="comma separated")
+    options.add_argument("--rivals", default="", help="torch's own, in turn with ours; comma separated: bf16, int4pack")
     return options.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def measure(args: argparse.Namespace, peaks: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Measure all cases."""
-    args = parse(arguments)
-    peaks, dtype = start(args)
-    rows = [
-        case(m, k, n, layout, compute, dtype, peaks, args.seconds)
+    return [
+        case(m, k, n, layout, compute, dtype, peaks, args)
         for layout in args.layouts.split(",")
         for compute in args.computes.split(",")
         for k, n in args.sizes
         for m in args.rows
     ]
-    report(rows, peaks, args)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    run(parse, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
+from typing import Any
 
 import torch
-from harness import against_limits, copies, numbers, parser, report, seconds_per_call, start
+from harness import against_limits, copies, numbers, parser, run, seconds_per_call
 
 from llmrt import ops
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure rms_norm, add_rms_norm, layer_norm and add_layer_norm."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
     options = parser(__doc__)
     options.add_argument("--rows", type=numbers, default=[1, 16, 512], help="M, comma separated")
     options.add_argument("--sizes", type=numbers, default=[2048, 8192], help="hidden sizes, comma separated")
-    args = options.parse_args(arguments)
-    peaks, dtype = start(args)
+    return options.parse_args(arguments)
+
+
+def measure(args: argparse.Namespace, peaks: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Measure rms_norm, add_rms_norm, layer_norm and add_layer_norm."""
     rows = []
     for hidden in args.sizes:
         weight, bias = (torch.randn(hidden).to(dtype) for _ in range(2))
@@ -33,7 +38,12 @@ def main(arguments: list[str] | None = None) -> None:
                 rows.append(
                     {"op": name, "M": m, "hidden": hidden} | against_limits(seconds, moves * size, 0.0, peaks, "fp32")
                 )
-    report(rows, peaks, args)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    run(parse, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
+from typing import Any
 
 import torch
-from harness import against_limits, copies, numbers, parser, report, seconds_per_call, start
+from harness import against_limits, copies, numbers, parser, run, seconds_per_call
 
 from llmrt import ops
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure on the strided parts of one tensor, as a fused q, k, v projection gives them."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
     options = parser(__doc__)
     options.add_argument("--tokens", type=numbers, default=[1, 16, 512], help="S, comma separated")
     options.add_argument("--heads", default="32x8x64", help="HxHkxD: query heads, key/value heads, head dimension")
-    args = options.parse_args(arguments)
-    peaks, dtype = start(args)
+    return options.parse_args(arguments)
+
+
+def measure(args: argparse.Namespace, peaks: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Measure on the strided parts of one tensor, as a fused q, k, v projection gives them."""
     h, hk, d = (int(part) for part in args.heads.split("x"))
     rows = []
     for tokens in args.tokens:
@@ -40,7 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
             seconds, moved = seconds_per_call(calls, args.seconds), rotated + kept * name.endswith("append")
             case = {"op": name, "S": tokens, "H": h, "Hk": hk, "D": d}
             rows.append(case | against_limits(seconds, moved, 0.0, peaks, "fp32"))
-    report(rows, peaks, args)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    run(parse, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -48,18 +48,38 @@ def seconds_per_call(calls: Sequence[Callable[[], Any]], seconds: float) -> floa
 
     Each must work on data of its own.
     """
-    for call in calls[:2]:
-        call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    for call in itertools.cycle(calls):
-        start = time.perf_counter()
-        call()
-        stop = time.perf_counter()
-        times.append(stop - start)
-        if stop > end and len(times) >= 5:
-            return statistics.median(times)
-    raise ValueError("no call to measure")
+    return alternate([calls], seconds)[0]
+
+
+def alternate(contestants: Sequence[Sequence[Callable[[], Any]]], seconds: float) -> list[float]:
+    """Return the median time of one call of each contestant; they take turns, so that what slows the machine slows all.
+
+    Args:
+        contestants: of each, calls that take turns too, each on data of its own, so that none finds its data in a cache.
+        seconds: how long each is measured, at least; five calls are always made.
+    """
+    for calls in contestants:
+        calls[0]()
+    times: list[list[float]] = [[] for _ in contestants]
+    end = time.perf_counter() + seconds * len(contestants)
+    for number in itertools.count():
+        for calls, mine in zip(contestants, times, strict=True):
+            call = calls[number % len(calls)]
+            start = time.perf_counter()
+            call()
+            mine.append(time.perf_counter() - start)
+        if number >= 4 and time.perf_counter() > end:
+            break
+    return [statistics.median(mine) for mine in times]
+
+
+def against_rivals(ours: float, rivals: dict[str, float | None]) -> dict[str, float | None]:
+    """Return the columns of rivals: their time, and how many times as fast we are; None where one cannot run a case."""
+    columns: dict[str, float | None] = {}
+    for name, seconds in rivals.items():
+        columns[f"{name} us"] = None if seconds is None else seconds * 1e6
+        columns[f"x {name}"] = None if seconds is None else seconds / ours
+    return columns
 
 
 def copies(bytes_each: float) -> int:
@@ -88,6 +108,17 @@ def against_limits(seconds: float, moved: float, ops: float, peaks: dict[str, An
     }
 
 
+def run(
+    parse: Callable[[list[str] | None], argparse.Namespace],
+    measure: Callable[..., list[dict[str, Any]]],
+    arguments: Any,
+) -> None:
+    """Be the main function of an operator benchmark: parse the options, measure all cases, report them."""
+    args = parse(arguments)
+    peaks, dtype = start(args)
+    report(measure(args, peaks, dtype), peaks, args)
+
+
 def report(rows: list[dict[str, Any]], peaks: dict[str, Any], args: argparse.Namespace) -> None:
     """Print rows as a table and write them, with machine and limits, where ``--json`` says."""
     facts = machine()
@@ -104,9 +135,15 @@ def report(rows: list[dict[str, Any]], peaks: dict[str, Any], args: argparse.Nam
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Return rows with equal keys as aligned text."""
-    cells = [list(rows[0])] + [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    cells = [list(rows[0])] + [[_cell(name, value) for name, value in row.items()] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return format(value, ".2f" if name.startswith("x ") else ".1f")
+    return "-" if value is None else str(value)
 
 
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], torch.dtype]:

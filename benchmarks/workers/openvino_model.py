@@ -2,7 +2,8 @@
 
 The graph is what optimum-intel exports: compressed constants in front of MatMul, keys and values in variables that beam_idx
 reorders, ScaledDotProductAttention; its CPU plugin fuses the same patterns (`facts["layers"]` counts what it made of them). Only the
-last token's logits are computed. On CPUs without AMX its products are INT8 at the dynamic quantization's group size. A run feeds random tokens; nothing but the request is timed.
+last token's logits are computed. Activations are quantized in groups of --dynamic-group. A run feeds random tokens; nothing but the
+request is timed.
 """
 
 from __future__ import annotations
