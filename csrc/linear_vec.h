@@ -132,7 +132,11 @@ inline void store_saturated(int8_t* p, I32 a) {
 // acc + for each lane the dot product of 4 unsigned and 4 signed bytes.
 template <bool wide>
 inline void dot(I32& acc, I32 w, I32 a) {
+#if defined(__clang__) || defined(_mm256_dpbusd_avx_epi32)  // a macro in its place: tests emulate the instruction
   acc.v = _mm256_dpbusd_avx_epi32(acc.v, w.v, a.v);
+#else
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.v) : "x"(w.v), "x"(a.v));
+#endif
 }
 #else
 // vpmaddubsw saturates at 16 bits: never for 4-bit codes (2 * 15 * 127); 8-bit codes (`wide`) go as two nibbles.
