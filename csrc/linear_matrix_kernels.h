@@ -55,27 +55,44 @@ void prepare_by_matrix(const PrepareArgs& a, const PackedWeight& w, int64_t bloc
   }
 }
 
-// The dots of a segment, [R][32] dwords; `two`: R > 16. See TileRegisters for the numbers.
+// The dots of a segment, [R][32] dwords; `two`: R > 16. See TileRegisters for the numbers. (gcc's tile intrinsics are
+// statements, no expressions.)
 template <bool pairs, bool two>
 inline void segment_dots(const uint8_t* w, const uint8_t* a, int64_t R, int64_t bytes, int32_t* dots) {
   const int64_t line = line_bytes(bytes);
-  _tile_zero(0), _tile_zero(1);
-  if (two) _tile_zero(2), _tile_zero(3);
   __asm__ volatile("" : : : "memory");  // gcc 12 does not know that tileloadd reads memory
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (two) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t i = 0; i < bytes; i += line, w += line / 4 * 128, a += R * line) {
-    _tile_loadd(4, a, line), _tile_loadd(6, w, 128), _tile_loadd(7, w + 64, 128);
-    if (two) _tile_loadd(5, a + kRegisterRows * line, line);
-    if (pairs) {
-      _tile_dpbf16ps(0, 4, 6), _tile_dpbf16ps(1, 4, 7);
-      if (two) _tile_dpbf16ps(2, 5, 6), _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(4, a, line);
+    _tile_loadd(6, w, 128);
+    _tile_loadd(7, w + 64, 128);
+    if constexpr (two) _tile_loadd(5, a + kRegisterRows * line, line);
+    if constexpr (pairs) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
     } else {
-      _tile_dpbsud(0, 4, 6), _tile_dpbsud(1, 4, 7);
-      if (two) _tile_dpbsud(2, 5, 6), _tile_dpbsud(3, 5, 7);
+      _tile_dpbsud(0, 4, 6);
+      _tile_dpbsud(1, 4, 7);
+    }
+    if constexpr (two && pairs) {
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    } else if constexpr (two) {
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
     }
   }
-  _tile_stored(0, dots, 128), _tile_stored(1, dots + 16, 128);
-  if (two)
-    _tile_stored(2, dots + kRegisterRows * kTileN, 128), _tile_stored(3, dots + kRegisterRows * kTileN + 16, 128);
+  _tile_stored(0, dots, 128);
+  _tile_stored(1, dots + 16, 128);
+  if constexpr (two) {
+    _tile_stored(2, dots + kRegisterRows * kTileN, 128);
+    _tile_stored(3, dots + kRegisterRows * kTileN + 16, 128);
+  }
 }
 
 // C += scale * (a_scale * (dots - zero * sum)), as start_segment and add_segment (for pairs start_floats and

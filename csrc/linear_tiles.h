@@ -28,23 +28,26 @@ constexpr int64_t ahead_of(int R) { return R >= kBlockRows / 2 ? 2048 : 0; }
 // Without it the compiler keeps C in registers across the segments, and has none left for the sums.
 inline __attribute__((always_inline)) void keep_in_memory() { __asm__ volatile("" : : : "memory"); }
 
-// C += scale * (a_scale * dots).
-template <int R>
-inline __attribute__((always_inline)) void add_segment(const TileArgs& t, int64_t s, int64_t h, const I32 (&c0)[R],
-                                                       const I32 (&c1)[R]) {
-  constexpr int64_t L = F32::lanes;
-  const int64_t n = s * kTileN + h * kHalfN;
-  const F32 s0 = load(t.scales, t.scale_dtype, n), s1 = load(t.scales, t.scale_dtype, n + L);
-  const float* A = t.a_scales + s * R;
-  float* C = t.C + h * kHalfN;
-  keep_in_memory();
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++, C += kTileN) {
-    const F32 scale = F32::set1(A[r]);
-    store(C, fma(to_float(c0[r]), s0 * scale, load(C)));
-    store(C + L, fma(to_float(c1[r]), s1 * scale, load(C + L)));
+// Adds the sums of one segment to C: C += scale * (a_scale * dots). Each row is added as soon as its last products are
+// issued: the tail of all rows at once would fill the core's scheduler with waiting instructions.
+struct SegmentSums {
+  F32 s0, s1;
+  const float* a_scales;
+  float* C;
+
+  SegmentSums(const TileArgs& t, int64_t s, int64_t h, int64_t R) {
+    const int64_t n = s * kTileN + h * kHalfN;
+    s0 = load(t.scales, t.scale_dtype, n), s1 = load(t.scales, t.scale_dtype, n + F32::lanes);
+    a_scales = t.a_scales + s * R, C = t.C + h * kHalfN;
+    keep_in_memory();
   }
-}
+  void add(int r, I32 c0, I32 c1) const {
+    const F32 scale = F32::set1(a_scales[r]);
+    float* y = C + r * kTileN;
+    store(y, fma(to_float(c0), s0 * scale, load(y)));
+    store(y + F32::lanes, fma(to_float(c1), s1 * scale, load(y + F32::lanes)));
+  }
+};
 
 // The sums start from -zero * (sum of the activations): for symmetric weights one number, prepared.
 template <int R, bool asymmetric>
@@ -70,7 +73,7 @@ __attribute__((noinline)) void tile_bytes(const TileArgs& arguments) {
       I32 c0[R], c1[R];
       start_segment<R, asymmetric>(t, s, h, c0, c1);
       const uint8_t *w = t.codes + s * t.steps * 128 + h * 64, *a = t.a + s * t.steps * 4 * R;
-      for (int64_t k = 0; k < t.steps; k++, w += 128, a += 4 * R) {
+      for (int64_t k = 2; k < t.steps; k++, w += 128, a += 4 * R) {
         const I32 w0 = load_words(w), w1 = load_words(w + kVectorBytes);
         if (stream && ahead_of(R)) prefetch(w + ahead_of(R)), prefetch(w + ahead_of(R) + 64);
 #pragma GCC unroll 12
@@ -79,7 +82,19 @@ __attribute__((noinline)) void tile_bytes(const TileArgs& arguments) {
           dot<wide>(c0[r], w0, b), dot<wide>(c1[r], w1, b);
         }
       }
-      add_segment<R>(t, s, h, c0, c1);
+      const SegmentSums sums(t, s, h, R);
+      const I32 w0 = load_words(w), w1 = load_words(w + kVectorBytes);
+      const I32 w2 = load_words(w + 128), w3 = load_words(w + 128 + kVectorBytes);
+      if (stream && ahead_of(R))
+        for (int i = 0; i < 256; i += 64) prefetch(w + ahead_of(R) + i);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        I32 b = broadcast(a + 4 * r);
+        dot<wide>(c0[r], w0, b), dot<wide>(c1[r], w1, b);
+        b = broadcast(a + 4 * (R + r));
+        dot<wide>(c0[r], w2, b), dot<wide>(c1[r], w3, b);
+        sums.add(r, c0[r], c1[r]);
+      }
     }
 }
 
@@ -93,7 +108,7 @@ __attribute__((noinline)) void tile_nibbles(const TileArgs& arguments) {
       start_segment<R, asymmetric>(t, s, h, c0, c1);
       if (R == 1) d0[0] = d1[0] = I32::zero();
       const uint8_t *w = t.codes + s * t.steps * 64 + h * 64, *a = t.a + s * t.steps * 4 * R;
-      for (int64_t k = 0; k < t.steps; k += 2, w += 128, a += 8 * R) {
+      for (int64_t k = 2; k < t.steps; k += 2, w += 128, a += 8 * R) {
         const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes);
         if (ahead_of(R)) prefetch(w + ahead_of(R)), prefetch(w + ahead_of(R) + 64);
         const I32 low0 = low_nibbles(x0), low1 = low_nibbles(x1), high0 = high_nibbles(x0), high1 = high_nibbles(x1);
@@ -108,8 +123,19 @@ __attribute__((noinline)) void tile_nibbles(const TileArgs& arguments) {
           dot<false>(R == 1 ? d0[r] : c0[r], high0, b), dot<false>(R == 1 ? d1[r] : c1[r], high1, b);
         }
       }
+      const SegmentSums sums(t, s, h, R);
+      const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes);
+      if (ahead_of(R)) prefetch(w + ahead_of(R)), prefetch(w + ahead_of(R) + 64);
+      const I32 low0 = low_nibbles(x0), low1 = low_nibbles(x1), high0 = high_nibbles(x0), high1 = high_nibbles(x1);
       if (R == 1) c0[0] = c0[0] + d0[0], c1[0] = c1[0] + d1[0];
-      add_segment<R>(t, s, h, c0, c1);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        I32 b = broadcast(a + 4 * r);
+        dot<false>(c0[r], low0, b), dot<false>(c1[r], low1, b);
+        b = broadcast(a + 4 * (R + r));
+        dot<false>(c0[r], high0, b), dot<false>(c1[r], high1, b);
+        sums.add(r, c0[r], c1[r]);
+      }
     }
 }
 

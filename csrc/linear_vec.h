@@ -132,9 +132,22 @@ inline void store_saturated(int8_t* p, I32 a) {
 // acc + for each lane the dot product of 4 unsigned and 4 signed bytes.
 template <bool wide>
 inline void dot(I32& acc, I32 w, I32 a) {
+#if defined(__clang__) || defined(_mm256_dpbusd_avx_epi32)  // a macro in its place: tests emulate the instruction
   acc.v = _mm256_dpbusd_avx_epi32(acc.v, w.v, a.v);
+#else
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.v) : "x"(w.v), "x"(a.v));
+#endif
 }
 #else
+// Inline assembly for gcc, which otherwise copies and spills the sums.
+inline void add_to(I32& acc, __m256i x) {
+#if defined(__clang__)
+  acc.v = _mm256_add_epi32(acc.v, x);
+#else
+  __asm__("vpaddd %1, %0, %0" : "+x"(acc.v) : "x"(x));
+#endif
+}
+
 // vpmaddubsw saturates at 16 bits: never for 4-bit codes (2 * 15 * 127); 8-bit codes (`wide`) go as two nibbles.
 template <bool wide>
 inline void dot(I32& acc, I32 w, I32 a) {
@@ -142,10 +155,10 @@ inline void dot(I32& acc, I32 w, I32 a) {
   if (wide) {
     __m256i l = _mm256_maddubs_epi16(_mm256_and_si256(w.v, low), a.v);
     __m256i h = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(w.v, 4), low), a.v);
-    acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(l, ones));
-    acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(h, _mm256_set1_epi16(16)));
+    add_to(acc, _mm256_madd_epi16(l, ones));
+    add_to(acc, _mm256_madd_epi16(h, _mm256_set1_epi16(16)));
   } else {
-    acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(_mm256_maddubs_epi16(w.v, a.v), ones));
+    add_to(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w.v, a.v), ones));
   }
 }
 #endif

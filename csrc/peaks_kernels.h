@@ -31,18 +31,31 @@ inline double run_chains(int64_t iterations, Vector zero, double operations, Ste
 template <class Step>
 inline double run_tiles(int64_t iterations, double depth, Step step) {
   const TileRegisters registers(2 * kRegisterRows, kRegisterRowBytes);
-  _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
-  _tile_zero(4), _tile_zero(5), _tile_zero(6), _tile_zero(7);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
   for (int64_t n = 0; n < iterations; n++) step();
   return (double)iterations * 4 * 2 * 16 * 16 * depth;
 }
 double int8_chains(int64_t iterations) {
-  return run_tiles(iterations, 64,
-                   [] { _tile_dpbsud(0, 4, 6), _tile_dpbsud(1, 4, 7), _tile_dpbsud(2, 5, 6), _tile_dpbsud(3, 5, 7); });
+  return run_tiles(iterations, 64, [] {
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  });
 }
 double bf16_chains(int64_t iterations) {
   return run_tiles(iterations, 32, [] {
-    _tile_dpbf16ps(0, 4, 6), _tile_dpbf16ps(1, 4, 7), _tile_dpbf16ps(2, 5, 6), _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   });
 }
 

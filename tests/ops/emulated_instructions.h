@@ -140,9 +140,20 @@ inline void dpbf16ps(int c, int a, int b) {
 #undef _tile_dpbf16ps
 #define _tile_loadconfig emulated::loadconfig
 #define _tile_release emulated::release
-#define _tile_loadd emulated::loadd
-#define _tile_stored emulated::stored
-#define _tile_zero emulated::zero
-#define _tile_dpbsud emulated::dpbsud
-#define _tile_dpbf16ps emulated::dpbf16ps
+// Statements, as gcc has them.
+#define _tile_loadd(i, base, stride)   \
+  do emulated::loadd(i, base, stride); \
+  while (0)
+#define _tile_stored(i, base, stride)   \
+  do emulated::stored(i, base, stride); \
+  while (0)
+#define _tile_zero(i)   \
+  do emulated::zero(i); \
+  while (0)
+#define _tile_dpbsud(c, a, b)   \
+  do emulated::dpbsud(c, a, b); \
+  while (0)
+#define _tile_dpbf16ps(c, a, b)   \
+  do emulated::dpbf16ps(c, a, b); \
+  while (0)
 #endif
