@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
@@ -53,12 +54,12 @@ class FilePages:
 
     def __init__(self, model: nn.Module) -> None:
         """Look up the mappings."""
-        addresses = [t.data_ptr() for t in tensors_of(model) if t.device.type == "cpu"]
+        addresses = sorted(t.data_ptr() for t in tensors_of(model) if t.device.type == "cpu")
         self._libc = _libc()
         self._spans = [
             (start, end)
             for start, end in (_unwritten_mappings() if self._libc is not None else ())
-            if any(start <= address < end for address in addresses)
+            if bisect_left(addresses, start) < bisect_left(addresses, end)
         ]
 
     def release(self) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from .convert import Converter
 from .deployment import undeployable
 from .linear import QuantLinear, SiblingLinear
 from .memory import weight_bytes
 from .plan import Planner, check_weights
-from .quantization import WeightOnlyQuantConfig
+from .quantization import QUANT_METHOD, WeightOnlyQuantConfig
 from .sharing import share_copy
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,10 +82,17 @@ def optimize(
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
     if quantization_config is not None:
-        from .checkpoints import mark_quantized
-
-        mark_quantized(result, quantization_config)
+        _mark_quantized(result, quantization_config)
     return result
+
+
+def _mark_quantized(model: Any, config: WeightOnlyQuantConfig) -> None:
+    """Make `save_pretrained` of a quantized model write what `from_pretrained` needs."""
+    floating = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    saved = replace(config, floating_modules=floating)
+    model.config.quantization_config = saved
+    model.hf_quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)  # the class is in llm/checkpoints
+    model.is_quantized, model.quantization_method = True, QUANT_METHOD
 
 
 def _check_arguments(

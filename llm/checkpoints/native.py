@@ -9,7 +9,6 @@ mechanism: without it the weights would be skipped with a mere warning) ``AutoMo
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from ..linear import CanonicalLinear
+from ..optimize import optimize
 from ..plan import is_linear
 from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
 
@@ -62,8 +62,6 @@ class Quantizer(HfQuantizer):
             model.set_submodule(name, new)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from ..optimize import optimize
-
         _check_loaded(model)
         model.eval()
         return optimize(model, inplace=True, quantization_config=self.quantization_config)
@@ -91,15 +89,6 @@ def _check_loaded(model: nn.Module) -> None:
         for part, tensor in (*module._buffers.items(), *module._parameters.items()):
             if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
                 raise ValueError(f"the checkpoint has no {name}.{part}")
-
-
-def mark_quantized(model: Any, config: WeightOnlyQuantConfig) -> None:
-    """Make `save_pretrained` of a quantized model write what `from_pretrained` needs."""
-    floating = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    saved = replace(config, floating_modules=floating)
-    model.config.quantization_config = saved
-    model.hf_quantizer = Quantizer(saved, pre_quantized=True)
-    model.is_quantized, model.quantization_method = True, QUANT_METHOD
 
 
 def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:

@@ -1,6 +1,8 @@
 """Peak memory of optimizing in place and of loading, measured by the kernel in a process of its own."""
 
 import json
+import mmap
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmrt import ops
 from llmrt.llm.memory import FilePages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -113,3 +116,26 @@ def test_written_mappings_are_left_alone(tmp_path: Path) -> None:
     assert model.more.sum() == 0 and model.zeros.sum() == 7
     pages.release()
     assert model.more.sum() == 0 and model.zeros.sum() == 7
+
+
+def huge_bytes(address: int, size: int) -> int:
+    """Return how much of a range's mappings is on huge pages."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) < address + size and address < int(found[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+def test_packed_weights_stand_on_huge_pages() -> None:
+    size = 16 << 20
+    control = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    control.madvise(mmap.MADV_HUGEPAGE)
+    control.write(bytes(size))
+    if huge_bytes(torch.frombuffer(control, dtype=torch.uint8).data_ptr(), size) < size // 4:
+        pytest.skip("the system gives no huge pages now")
+    codes, scales, _ = ops.quantize_weight(torch.randn(1 << 14, 1 << 11), "int4_sym_g128_bf16")
+    packed = ops.pack_weight(codes, scales, None, "int4_sym_g128_bf16", 1 << 11)
+    assert packed.nbytes > size and huge_bytes(packed.data_ptr(), packed.nbytes) > size // 2

@@ -99,6 +99,7 @@ CASES = (
     Case("pack_weight", lambda op, x, y: op(*CANONICAL, str(LAYOUT), K), rows, *ROWS),
     Case("unpack_weight", lambda op, x, y: op(PACKED, str(LAYOUT), N, K), rows, *ROWS),
     Case("argmax", lambda op, x, y: op(x), rows, *ROWS),
+    Case("quantize_weight", lambda op, x, y: op(x.flatten(0, 1), str(LAYOUT)), rows, *ROWS),
     Case("dense_linear", lambda op, x, y: op(x, DENSE[0], BIAS[0], None, "gelu_tanh"), rows, *ROWS),
     Case("dense_linear", lambda op, x, y: op(x, DENSE[0], None, y[..., :N], "add"), rows, *ROWS),
     Case("parallel_linear", lambda op, x, y: op(x, [DENSE[0], DENSE[1, :7]], [BIAS[0], BIAS[1, :7]]), rows, *ROWS),
