@@ -36,7 +36,8 @@ def test_float32_equals_transformers(name: str) -> None:
 def test_float_model_calls_the_operators(name: str) -> None:
     tiny, fast = MODELS[name], llm.optimize(tiny_model(name), deployment_mode=False)
     norm = "rms_norm" if FAMILIES[fast.config.model_type].norm.startswith("rms") else "layer_norm"
-    expected = {norm: tiny.norms, "attention": 2}
+    linears = sum(isinstance(m, torch.nn.Linear) for m in fast.modules())
+    expected = {norm: tiny.norms, "attention": 2, "dense_linear": linears}
     expected |= {"rope": 2} if tiny.rope else {}
     expected |= {tiny.gated: 2} if tiny.gated else {}
     with CountOperators() as count:
