@@ -250,7 +250,10 @@ class Deployment:
             }
             return {**{k: v for k, v in given.items() if v is not None}, "past_key_values": cache, "use_cache": True}
 
-        forward, cache = type(model).forward, KVCache(model.config, past + tokens, call.cache.rows.beams)
+        forward, cache = (
+            type(model).forward,
+            KVCache(model.config, past + tokens, call.cache.rows.beams, call.cache.kv_dtype),
+        )
         if past:
             forward(model, ids[:, :past], **part(0, past, cache))
             if key.table:

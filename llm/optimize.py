@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .cache import KV_DTYPE, stored_dtype
 from .convert import Converter, weight_bytes
 from .deployment import undeployable
 from .linear import QuantLinear, SiblingLinear
@@ -29,6 +30,7 @@ def optimize(
     sample_inputs: Any = None,
     deployment_mode: bool = True,
     strict: bool = False,
+    kv_dtype: str | torch.dtype | None = None,
 ) -> Any:
     """Return the model with its linears, norms, rotations, feed-forward parts, attention and cache run by llmrt's operators.
 
@@ -53,6 +55,8 @@ def optimize(
         deployment_mode: True runs calls with a `KVCache`, as generate makes them, as captured graphs of operators; False always runs
             the modules. Attributes of modules, such as an epsilon, are then read once.
         strict: raise `OptimizationError`, with the reasons, if anything would stay unoptimized that has a faster form.
+        kv_dtype: what generate's cache stores keys and values as: "int8" (codes with a scale per token and head: about half the
+            bytes of bfloat16), "float16", or None for the model's dtype. Kept in the model's configuration.
 
     Returns:
         The optimized model.
@@ -65,8 +69,13 @@ def optimize(
     _check_arguments(
         model, optimizer, dtype, device, quantization_config, qconfig_summary_file, low_precision_checkpoint
     )
+    stored = stored_dtype(kv_dtype, dtype or model.dtype)
     plan = Planner(model, quantization_config).plan()
     check_weights(model, plan)
+    if stored is not None and not plan.cache:
+        raise ValueError(
+            f"kv_dtype is {kv_dtype!r}, but {type(model).__name__} does not use llmrt's cache: leave it out"
+        )
     reason = undeployable(model) if deployment_mode else None
     if reason is not None:
         plan.report.add("", "forward", reason=reason, expected=False)
@@ -77,6 +86,8 @@ def optimize(
     Converter(result, plan, dtype, not inplace, deployment_mode and reason is None, strict).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
+    if stored is not None:
+        setattr(result.config.get_text_config(decoder=True), KV_DTYPE, str(stored).removeprefix("torch."))
     if quantization_config is not None:
         from .checkpoints import mark_quantized
 
