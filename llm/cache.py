@@ -48,6 +48,17 @@ def stored_dtype(kv_dtype: Any, dtype: torch.dtype | None = None) -> torch.dtype
     return stored
 
 
+def choose_kv_dtype(model: Any, kv_dtype: Any) -> None:
+    """Let the caches of a model store keys and values as `kv_dtype`; None: leave it as it is.
+
+    Raises:
+        ValueError: see `stored_dtype`.
+    """
+    stored = stored_dtype(kv_dtype, model.dtype)
+    if stored is not None:
+        setattr(model.config.get_text_config(decoder=True), KV_DTYPE, str(stored).removeprefix("torch."))
+
+
 def _no_config() -> None:
     return None
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .cache import KV_DTYPE, stored_dtype
+from .cache import choose_kv_dtype, stored_dtype
 from .convert import Converter, weight_bytes
 from .deployment import undeployable
 from .linear import QuantLinear, SiblingLinear
@@ -86,8 +86,7 @@ def optimize(
     Converter(result, plan, dtype, not inplace, deployment_mode and reason is None, strict).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
-    if stored is not None:
-        setattr(result.config.get_text_config(decoder=True), KV_DTYPE, str(stored).removeprefix("torch."))
+    choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
         from .checkpoints import mark_quantized
 

@@ -2,12 +2,13 @@
 
 Example:
 
-    python benchmarks/ops/bench_attention.py --cases 1x512,1x8192,512x512 --heads 32x8x64
+    python benchmarks/ops/bench_attention.py --cases 1x512,1x8192,512x512 --heads 32x8x64 --kv-dtype int8
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from harness import against_limits, copies, numbers, parser, report, seconds_per_call, start
 
 from llmrt import ops
+from llmrt.llm.cache_memory import empty
 
 
 def pairs(text: str) -> list[tuple[int, int]]:
@@ -23,14 +25,23 @@ def pairs(text: str) -> list[tuple[int, int]]:
 
 
 def case(
-    batch: int, queries: int, length: int, heads: list[int], dtype: torch.dtype, peaks: dict[str, float], seconds: float
+    batch: int,
+    queries: int,
+    length: int,
+    heads: list[int],
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    peaks: dict[str, float],
+    seconds: float,
 ) -> dict[str, Any]:
     """Measure S query tokens at the end of T cached ones."""
     h, hk, d = heads
-    cache_bytes = 2 * batch * hk * length * d * dtype.itemsize
+    shape = (batch, hk, length, ops.stored_width(d, kv_dtype))
+    cache_bytes = 2 * math.prod(shape) * kv_dtype.itemsize
     calls = []
     for _ in range(copies(cache_bytes)):
-        key, value = (torch.randn(batch, hk, length, d).to(dtype) for _ in range(2))
+        key, value = (empty(shape, kv_dtype, torch.device("cpu")) for _ in range(2))
+        ops.kv_append(key, value, *torch.randn(2, batch, length, hk, d).to(dtype), 0)
         query = torch.randn(batch, queries, h, d).to(dtype)
         calls.append(partial(ops.attention, query, key, value, length, d**-0.5))
     # Pairs (query, key) that a causal mask leaves, times heads, two products of D each.
@@ -38,7 +49,7 @@ def case(
     ops_count = 4.0 * batch * h * d * seen
     moved = cache_bytes + 2 * batch * queries * h * d * dtype.itemsize
     unit = "fp32" if dtype == torch.float32 else "bf16"
-    name = {"B": batch, "S": queries, "T": length, "H": h, "Hk": hk, "D": d}
+    name = {"B": batch, "S": queries, "T": length, "H": h, "Hk": hk, "D": d, "cache": str(kv_dtype)[6:]}
     return name | against_limits(seconds_per_call(calls, seconds), moved, ops_count, peaks, unit)
 
 
@@ -49,6 +60,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--cases", type=pairs, default=pairs("1x512,1x2048,1x8192,8x2048,512x512,512x2048"), help="SxT, comma separated"
     )
     options.add_argument("--heads", default="32x8x64", help="HxHkxD: query heads, key/value heads, head dimension")
+    options.add_argument(
+        "--kv-dtype", default="", help="of the cache: float32, bfloat16, float16, int8; default: --dtype"
+    )
     options.add_argument("--batches", type=numbers, default=[1], help="comma separated")
     return options.parse_args(arguments)
 
@@ -58,7 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     peaks, dtype = start(args)
     heads = [int(part) for part in args.heads.split("x")]
-    rows = [case(b, s, t, heads, dtype, peaks, args.seconds) for b in args.batches for s, t in args.cases]
+    kv_dtype = getattr(torch, args.kv_dtype) if args.kv_dtype else dtype
+    rows = [case(b, s, t, heads, dtype, kv_dtype, peaks, args.seconds) for b in args.batches for s, t in args.cases]
     report(rows, peaks, args)
 
 
