@@ -6,7 +6,7 @@
 #include <atomic>
 #include <memory>
 
-#include "tensor.h"
+#include "kv_append.h"
 
 namespace llmrt {
 namespace {
@@ -43,15 +43,18 @@ struct Operands {
 void set_operands(AttentionArgs& a, Operands& o, int64_t length, bool causal, int64_t window, double softcap,
                   int64_t beams) {
   a.dtype = float_dtype(o.query, "query");
-  check_dtype(o.key, o.query.scalar_type(), "key");
-  check_dtype(o.value, o.query.scalar_type(), "value");
   check_shape(o.query, {-1, -1, -1, -1}, "query");
   a.B = o.query.size(0), a.S = o.query.size(1), a.H = o.query.size(2), a.D = o.query.size(3);
-  check_shape(o.key, {-1, -1, -1, a.D}, "key");
+  check_shape(o.key, {-1, -1, -1, -1}, "key");
+  check_stored(o.key, o.query.scalar_type(), "key");
+  check_dtype(o.value, o.key.scalar_type(), "value");
+  a.cache_dtype = cache_dtype(o.key, "key");
+  check_shape(o.key, {-1, -1, -1, a.D + (a.cache_dtype == DType::i8 ? kScaleBytes : 0)}, "key");
   const int64_t cache_rows = o.key.size(0), capacity = o.key.size(2);
   a.Hk = o.key.size(1);
   check_shape(o.value, {cache_rows, a.Hk, capacity, -1}, "value");
-  a.Dv = o.value.size(3);
+  check_stored(o.value, o.query.scalar_type(), "value");
+  a.Dv = row_width(o.value);
   check_last_dense(o.key, "key");
   check_last_dense(o.value, "value");
   STD_TORCH_CHECK(a.Hk > 0 && a.H % a.Hk == 0, "query has ", a.H, " heads; expected a multiple of the ", a.Hk,
@@ -190,7 +193,7 @@ void run(const AttentionArgs& a, const Plan& p) {
     for (int64_t i = 0; i < groups; i++) left[i] = p.splits;
   std::atomic<int64_t> next{0};
   const int64_t bytes =
-      (p.end - p.first) * (a.D + a.Dv) * size_of(a.dtype) * a.B * a.Hk * (p.decode ? 1 : a.S) / p.tasks;
+      (p.end - p.first) * (a.D + a.Dv) * size_of(a.cache_dtype) * a.B * a.Hk * (p.decode ? 1 : a.S) / p.tasks;
   parallel_ranges(p.tasks, 1 + kThreadBytes / (bytes + 1), [&](int64_t, int64_t) {
     char* buffer = scratch_buffer.at_least(scratch);
     if (!buffer) return;  // the other threads take over

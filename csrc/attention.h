@@ -13,13 +13,14 @@ namespace llmrt {
 enum class MaskKind : int { none, boolean, floating };
 
 struct AttentionArgs {
-  const void* query;  // [B, S, H, D]
-  const void* key;    // [R, Hk, C, D]
-  const void* value;  // [R, Hk, C, Dv]
-  void* out;          // [B, S, H, Dv] contiguous
-  DType dtype;
+  const void* query;                      // [B, S, H, D]
+  const void* key;                        // [R, Hk, C, D]
+  const void* value;                      // [R, Hk, C, Dv]
+  void* out;                              // [B, S, H, Dv] contiguous
+  DType dtype, cache_dtype;               // of query and out; of key and value, whose int8 rows end with their scale
   int64_t B, S, H, Hk, G, D, Dv, length;  // G = H / Hk; tokens 0..length-1 of the cache are valid
-  int64_t query_b, query_s, query_h, key_r, key_h, key_t, value_r, value_h, value_t;
+  int64_t query_b, query_s, query_h, key_r, key_h, key_t, value_r, value_h,
+      value_t;           // of key and value in their elements
   float scale, softcap;  // softcap 0: none
   bool causal;
   int64_t window;  // 0: none
@@ -55,6 +56,8 @@ struct AttentionKernels {
   bool (*rows_in_range)(const int32_t* rows, int64_t count, int64_t limit);
   // Narrows [first, end) to the tokens that the mask shows to any query, give or take a block.
   void (*mask_range)(const AttentionArgs&, int64_t& first, int64_t& end);
+  // One token's elements of one head, converted to what a cache stores.
+  void (*store_row)(const void* from, DType type, int64_t n, void* to, DType stored);
 };
 
 }  // namespace llmrt

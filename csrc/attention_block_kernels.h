@@ -2,7 +2,7 @@
 // and the result of a query row.
 #pragma once
 #include "attention_mask_kernels.h"
-#include "vec.h"
+#include "kv_append_kernels.h"
 
 namespace llmrt {
 namespace {
@@ -68,10 +68,19 @@ inline float exp2_nonpositive(float x) {
 // cache holds there (NaN, perhaps) reaches nothing.
 struct BlockTokens {
   const char *key[kBlockTokens], *value[kBlockTokens];
+  float key_scale[kBlockTokens], value_scale[kBlockTokens];  // of int8 rows
 };
+// What the scores and weights of a block from token j on are multiplied with; null: nothing.
+struct BlockScales {
+  const float *key, *value;
+};
+inline BlockScales scales_from(const AttentionArgs& a, const BlockTokens& at, int64_t j) {
+  if (a.cache_dtype != DType::i8) return {nullptr, nullptr};
+  return {at.key_scale + j, at.value_scale + j};
+}
 inline void find_tokens(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t t0, int64_t count, int64_t padded,
                         const uint8_t* seen, const char* zeros, BlockTokens& at) {
-  const int64_t element = size_of(a.dtype);
+  const int64_t element = size_of(a.cache_dtype);
   const char* key = (const char*)a.key + (kv_head * a.key_h + t0 * a.key_t) * element;
   const char* value = (const char*)a.value + (kv_head * a.value_h + t0 * a.value_t) * element;
   const int64_t key_t = a.key_t * element, value_t = a.value_t * element;
@@ -92,6 +101,11 @@ inline void find_tokens(const AttentionArgs& a, int64_t b, int64_t kv_head, int6
     for (int64_t j = 0; j < count; j++)
       if (!seen[j]) at.key[j] = at.value[j] = zeros;
   for (int64_t j = count; j < padded; j++) at.key[j] = at.value[j] = zeros;
+  if (a.cache_dtype == DType::i8)
+    for (int64_t j = 0; j < padded; j++) {
+      memcpy(at.key_scale + j, at.key[j] + a.D, kScaleBytes);
+      memcpy(at.value_scale + j, at.value[j] + a.Dv, kScaleBytes);
+    }
 }
 
 // Running softmax of rows: highest score so far (in units of log 2), sum of weights, unnormalized output.
@@ -137,17 +151,20 @@ inline bool plain_scores(const AttentionArgs& a) {
 
 // One step of the online softmax (Milakov and Gimelshein 2018) for up to F32::lanes rows: scores of row i, its dot
 // products at x + i * ldx for the tokens t0..t0+count-1 (padded to a multiple of F32::lanes), become weights at
-// weights + i * ldx (which may be x); factor[i] is what the row's output so far must be multiplied by.
+// weights + i * ldx (which may be x), those of int8 rows times their scale; factor[i] is what the row's output so far
+// must be multiplied by.
 template <class Weight>
 inline void softmax_step(const AttentionArgs& a, const QueryRow* const* q, int64_t n, int64_t t0, int64_t count,
-                         float* x, int64_t ldx, float* const* highest, float* const* total, float* factor,
-                         Weight* weights) {
+                         const BlockScales& scales, float* x, int64_t ldx, float* const* highest, float* const* total,
+                         float* factor, Weight* weights) {
   const bool plain = plain_scores(a);
   const float unit = plain ? a.scale * kLog2E : kLog2E;
   const int64_t padded = round_up(count, F32::lanes);
   float shift[F32::lanes] = {};
   for (int64_t i = 0; i < n; i++) {
     float* row = x + i * ldx;
+    if (scales.key)
+      for (int64_t j = 0; j < padded; j += F32::lanes) store(row + j, load(row + j) * load(scales.key + j));
     if (!plain) finish_scores(a, *q[i], t0, count, row);
     const int64_t begin = larger(0, q[i]->first - t0), end = larger(0, smaller(count, q[i]->end - t0));
     for (int64_t j = 0; j < smaller(begin, padded); j++) row[j] = kNothing;
@@ -167,7 +184,7 @@ inline void softmax_step(const AttentionArgs& a, const QueryRow* const* q, int64
     for (int64_t j = 0; j < padded; j += F32::lanes) {
       const F32 w = exp2_nonpositive(fma(load(row + j), F32::set1(unit), F32::set1(-shift[i])));
       sum_of_weights = sum_of_weights + w;
-      store(out + j, w);
+      store(out + j, scales.value ? w * load(scales.value + j) : w);
     }
     *total[i] = *total[i] * factor[i] + sum(sum_of_weights);
   }

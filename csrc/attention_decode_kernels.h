@@ -216,7 +216,7 @@ struct DecodeScratch {
     group = pieces.take<int32_t>(n + kDecodeRows);
     grouped = pieces.take<uint8_t>(a.beams);
     seen = pieces.take<uint8_t>(kDecodeTokens);
-    zeros = pieces.take<char>(larger(a.D, a.Dv) * 4);
+    zeros = pieces.take<char>(larger(a.D, a.Dv) * 4 + kScaleBytes);
     bytes = pieces.used;
   }
 };
@@ -241,7 +241,7 @@ inline void decode_rows(const AttentionArgs& a, const DecodeScratch& scratch, in
   alignas(64) typename Sum::Weight weights[R * kDecodeTokens];
   memset(weights + real * kDecodeTokens, 0, (R - real) * kDecodeTokens * sizeof(weights[0]));
   dot_products<R, Key>(a, query, at, count, x);
-  softmax_step(a, rows, real, t0, count, x, kDecodeTokens, highest, total, factor, weights);
+  softmax_step(a, rows, real, t0, count, scales_from(a, at, 0), x, kDecodeTokens, highest, total, factor, weights);
   constexpr int most = kDecodeAccumulators / R / Sum::vectors, U = most < 8 / Sum::vectors ? most : 8 / Sum::vectors;
   const int64_t ahead = kDecodeTokens * a.key_t * (int64_t)sizeof(Key);
   int64_t d = 0;
@@ -310,16 +310,16 @@ inline void decode_typed(const AttentionArgs& a, const AttentionTask& t, char* b
     scratch.state = row_states(pieces, n, state_ld(a));
   }
   scratch.state.clear(n);
-  memset(scratch.zeros, 0, larger(a.D, a.Dv) * sizeof(Key));
+  memset(scratch.zeros, 0, larger(a.D, a.Dv) * sizeof(Key) + kScaleBytes);
   memset(scratch.spare, 0, state_ld(a) * sizeof(float));
   Query* query = (Query*)scratch.query;
   memset(query, 0, (n + 1) * scratch.query_ld * sizeof(Query));
   for (int64_t i = 0; i < n; i++) {
     scratch.rows[i] = query_row(a, t, t.row0 + i);
-    const Key* from = (const Key*)query_of(a, scratch.rows[i]);
+    const char* from = query_of(a, scratch.rows[i]);
     for (int64_t d = 0; d < a.D; d += F32::lanes) {
       const int64_t count = smaller(F32::lanes, a.D - d);
-      store(query + i * scratch.query_ld + d, load(from + d, count), count);
+      store(query + i * scratch.query_ld + d, load(from, a.dtype, d, count), count);
     }
   }
   const AttentionArgs a_without_mask = without_mask(a);
@@ -333,14 +333,15 @@ inline void decode_typed(const AttentionArgs& a, const AttentionTask& t, char* b
 
 // Measured on Zen 4: with two products per lane the packed tiles win from about 24 rows on, with one from about 32.
 inline int64_t most_decode_rows(const AttentionArgs& a) {
-  const bool pairs = a.dtype == DType::bf16 && DecodeDot<bf16>::width > F32::lanes;
+  const bool pairs = a.cache_dtype == DType::bf16 && DecodeDot<bf16>::width > F32::lanes;
   return pairs ? 24 : 32;
 }
 inline int64_t decode_scratch(const AttentionArgs& a, int64_t rows) { return DecodeScratch(a, rows, nullptr).bytes; }
 
 inline void decode(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
-  if (a.dtype == DType::f32) return decode_typed<float>(a, t, scratch);
-  if (a.dtype == DType::bf16) return decode_typed<bf16>(a, t, scratch);
+  if (a.cache_dtype == DType::f32) return decode_typed<float>(a, t, scratch);
+  if (a.cache_dtype == DType::bf16) return decode_typed<bf16>(a, t, scratch);
+  if (a.cache_dtype == DType::i8) return decode_typed<i8>(a, t, scratch);
   decode_typed<f16>(a, t, scratch);
 }
 

@@ -6,9 +6,9 @@
 namespace llmrt {
 namespace {
 
-constexpr AttentionKernels attention_kernels = {most_decode_rows, decode_scratch, decode,
-                                                prefill_scratch,  prefill,        state_floats,
-                                                merge_states,     rows_in_range,  mask_range};
+constexpr AttentionKernels attention_kernels = {most_decode_rows, decode_scratch, decode,       prefill_scratch,
+                                                prefill,          state_floats,   merge_states, rows_in_range,
+                                                mask_range,       store_row};
 
 }  // namespace
 }  // namespace llmrt

@@ -92,14 +92,24 @@ inline void transpose(F32 (&v)[8]) {
 }
 #endif
 
+#if defined(__AVX512BF16__)
+// At most 32 elements as bf16, zeros behind them. The codes of int8 rows are exact.
+inline __m512i bf16_lanes(const bf16* p, int64_t count) {
+  return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, p);
+}
+inline __m512i bf16_lanes(const i8* p, int64_t count) {
+  const __m256i codes = _mm256_maskz_loadu_epi8(count >= 32 ? ~0u : (1u << count) - 1, p);
+  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+  const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+#endif
+
 // `count` elements of a key row as 32-bit lanes: floats, or pairs of bf16.
 template <class Dot, class Element>
 inline F32 key_lanes(const Element* p, int64_t count) {
 #if defined(__AVX512BF16__)
-  if constexpr (Dot::pair == 2) {
-    const __mmask32 lanes = count >= 32 ? ~0u : (1u << count) - 1;
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(lanes, p))};
-  }
+  if constexpr (Dot::pair == 2) return {_mm512_castsi512_ps(bf16_lanes(p, count))};
 #endif
   return count >= F32::lanes ? load(p) : load(p, count);
 }
@@ -128,14 +138,13 @@ inline void pack_values(const AttentionArgs& a, const BlockTokens& at, int64_t p
     auto* to = packed + d / kTileWidth * padded * kTileWidth;
 #if defined(__AVX512BF16__)
     if constexpr (Dot::pair == 2) {
-      const __mmask32 lanes = width >= 32 ? ~0u : (1u << width) - 1;
       const __m512i half =
           _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
       const __m512i low = _mm512_or_si512(half, _mm512_slli_epi32(_mm512_add_epi32(half, _mm512_set1_epi32(32)), 16));
       const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
       for (int64_t j = 0; j < padded; j += 2, to += 2 * kTileWidth) {
-        const __m512i x = _mm512_maskz_loadu_epi16(lanes, (const Element*)at.value[j] + d);
-        const __m512i y = _mm512_maskz_loadu_epi16(lanes, (const Element*)at.value[j + 1] + d);
+        const __m512i x = bf16_lanes((const Element*)at.value[j] + d, width);
+        const __m512i y = bf16_lanes((const Element*)at.value[j + 1] + d, width);
         _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, low, y));
         _mm512_storeu_si512(to + kTileWidth, _mm512_permutex2var_epi16(x, high, y));
       }
@@ -180,15 +189,15 @@ struct PrefillScratch {
     scores = pieces.take<float>(kTileRows * kPrefillTokens);
     weights = pieces.take<Element>(kTileRows * kPrefillTokens);
     seen = pieces.take<uint8_t>(kPrefillTokens);
-    zeros = pieces.take<char>(larger(a.D, a.Dv) * 4);
+    zeros = pieces.take<char>(larger(a.D, a.Dv) * 4 + kScaleBytes);
     bytes = pieces.used;
   }
 };
 
 // R rows from row `i` of the task on, `real` of them not padding, over one packed block.
 template <class Dot, int R>
-inline void prefill_tile(const AttentionArgs& a, const PrefillScratch<Dot>& s, int64_t i, int64_t real, int64_t t0,
-                         int64_t count, int64_t padded) {
+inline void prefill_tile(const AttentionArgs& a, const PrefillScratch<Dot>& s, const BlockTokens& at, int64_t i,
+                         int64_t real, int64_t t0, int64_t count, int64_t padded) {
   const QueryRow* row = s.rows + i;
   const int64_t steps = s.query_ld / Dot::pair;
   int64_t first = a.length, last = 0;
@@ -202,8 +211,8 @@ inline void prefill_tile(const AttentionArgs& a, const PrefillScratch<Dot>& s, i
   const QueryRow* rows[R];
   float *highest[R], *total[R], factor[F32::lanes] = {};
   for (int r = 0; r < R; r++) rows[r] = row + r, highest[r] = s.state.highest + i + r, total[r] = s.state.total + i + r;
-  softmax_step(a, rows, real, t0 + begin, end - begin, s.scores + begin, kPrefillTokens, highest, total, factor,
-               s.weights + begin);
+  softmax_step(a, rows, real, t0 + begin, end - begin, scales_from(a, at, begin), s.scores + begin, kPrefillTokens,
+               highest, total, factor, s.weights + begin);
   for (int64_t r = 0; r < real; r++)
     for (int64_t j = round_up(end - begin, F32::lanes) + begin; j < padded_end; j += F32::lanes)
       store(s.weights + r * kPrefillTokens + j, F32::zero());
@@ -223,11 +232,12 @@ inline void prefill_block(const AttentionArgs& a, const AttentionTask& t, const 
   for (int64_t i = 0; i < n;) {
     const int64_t left = n - i;
     if (left > 2 * kTileUnit)
-      prefill_tile<Dot, 3 * kTileUnit>(a, s, i, smaller(left, 3 * kTileUnit), t0, count, padded), i += 3 * kTileUnit;
+      prefill_tile<Dot, 3 * kTileUnit>(a, s, at, i, smaller(left, 3 * kTileUnit), t0, count, padded),
+          i += 3 * kTileUnit;
     else if (left > kTileUnit)
-      prefill_tile<Dot, 2 * kTileUnit>(a, s, i, left, t0, count, padded), i += 2 * kTileUnit;
+      prefill_tile<Dot, 2 * kTileUnit>(a, s, at, i, left, t0, count, padded), i += 2 * kTileUnit;
     else
-      prefill_tile<Dot, kTileUnit>(a, s, i, left, t0, count, padded), i += kTileUnit;
+      prefill_tile<Dot, kTileUnit>(a, s, at, i, left, t0, count, padded), i += kTileUnit;
   }
 }
 
@@ -238,13 +248,13 @@ inline void prefill_typed(const AttentionArgs& a, const AttentionTask& t, char* 
   s.state.clear(padded_rows);
   memset(s.query, 0, padded_rows * s.query_ld * sizeof(*s.query));
   memset(s.weights, 0, kTileRows * kPrefillTokens * sizeof(*s.weights));
-  memset(s.zeros, 0, larger(a.D, a.Dv) * sizeof(Element));
+  memset(s.zeros, 0, larger(a.D, a.Dv) * sizeof(Element) + kScaleBytes);
   for (int64_t i = 0; i < n; i++) {
     s.rows[i] = query_row(a, t, t.row0 + i);
-    const Element* from = (const Element*)query_of(a, s.rows[i]);
+    const char* from = query_of(a, s.rows[i]);
     for (int64_t d = 0; d < a.D; d += F32::lanes) {
       const int64_t count = smaller(F32::lanes, a.D - d);
-      store(s.query + i * s.query_ld + d, load(from + d, count), count);
+      store(s.query + i * s.query_ld + d, load(from, a.dtype, d, count), count);
     }
   }
   const AttentionArgs a_without_mask = without_mask(a);
@@ -277,14 +287,19 @@ using PrefillBf16 = Bf16Dot;
 using PrefillBf16 = FloatDot;
 #endif
 
+inline bool prefill_in_bf16(const AttentionArgs& a) {
+  return a.cache_dtype == DType::bf16 || (a.cache_dtype == DType::i8 && a.dtype == DType::bf16);
+}
 inline int64_t prefill_scratch(const AttentionArgs& a, int64_t rows) {
-  return a.dtype == DType::bf16 ? PrefillScratch<PrefillBf16>(a, rows, nullptr).bytes
-                                : PrefillScratch<FloatDot>(a, rows, nullptr).bytes;
+  return prefill_in_bf16(a) ? PrefillScratch<PrefillBf16>(a, rows, nullptr).bytes
+                            : PrefillScratch<FloatDot>(a, rows, nullptr).bytes;
 }
 
 inline void prefill(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
-  if (a.dtype == DType::f32) return prefill_typed<FloatDot, float>(a, t, scratch);
-  if (a.dtype == DType::bf16) return prefill_typed<PrefillBf16, bf16>(a, t, scratch);
+  if (a.cache_dtype == DType::f32) return prefill_typed<FloatDot, float>(a, t, scratch);
+  if (a.cache_dtype == DType::bf16) return prefill_typed<PrefillBf16, bf16>(a, t, scratch);
+  if (a.cache_dtype == DType::i8 && prefill_in_bf16(a)) return prefill_typed<PrefillBf16, i8>(a, t, scratch);
+  if (a.cache_dtype == DType::i8) return prefill_typed<FloatDot, i8>(a, t, scratch);
   prefill_typed<FloatDot, f16>(a, t, scratch);
 }
 

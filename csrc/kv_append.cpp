@@ -28,16 +28,16 @@ int64_t* checked_counter(const Tensor& counter) {
 CacheSlots check_append(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key, const Tensor& value,
                         int64_t position, int64_t every, const OptionalTensor& positions,
                         const OptionalTensor& counter) {
-  const ScalarType dtype = key_cache.scalar_type();
-  float_dtype(key_cache, "key_cache");
-  check_dtype(value_cache, dtype, "value_cache");
-  check_dtype(key, dtype, "key");
-  check_dtype(value, dtype, "value");
+  float_dtype(key, "key");
   check_shape(key_cache, {-1, -1, -1, -1}, "key_cache");
+  check_stored(key_cache, key.scalar_type(), "key_cache");
+  check_dtype(value_cache, key_cache.scalar_type(), "value_cache");
+  check_dtype(value, key.scalar_type(), "value");
   const int64_t rows = key_cache.size(0), heads = key_cache.size(1), capacity = key_cache.size(2);
   check_shape(value_cache, {rows, heads, capacity, -1}, "value_cache");
-  check_shape(key, {-1, -1, heads, key_cache.size(3)}, "key");
-  check_shape(value, {key.size(0), key.size(1), heads, value_cache.size(3)}, "value");
+  check_stored(value_cache, key.scalar_type(), "value_cache");
+  check_shape(key, {-1, -1, heads, row_width(key_cache)}, "key");
+  check_shape(value, {key.size(0), key.size(1), heads, row_width(value_cache)}, "value");
   check_last_dense(key_cache, "key_cache");
   check_last_dense(value_cache, "value_cache");
   STD_TORCH_CHECK(key.size(0) <= rows, "key has ", key.size(0), " rows; key_cache holds ", rows);

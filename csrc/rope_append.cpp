@@ -1,5 +1,5 @@
 // Entry point of rope_append: see ops/rope_append.py for what it means. The kernels are those of rope, which write the
-// keys straight to the cache.
+// keys straight to a cache of their dtype.
 #include "kv_append.h"
 #include "rope_call.h"
 
@@ -16,10 +16,14 @@ Tensor rope_append(const Tensor& query, const Tensor& key, const Tensor& value, 
   const CacheSlots slot = check_append(key_cache, value_cache, key, value, position, every, positions, counter);
   Tensor out = empty(query, query.sizes());
   set_output(a.query, out, 1, 0);
-  set_output(a.key, key_cache, 2, slot.position);
-  a.key_slots = {slot.slots, slot.stride, every};
+  const bool in_place = key_cache.scalar_type() == key.scalar_type();
+  const Tensor rotated = in_place ? key : empty(key, key.sizes());  // converted from here
+  if (in_place)
+    set_output(a.key, key_cache, 2, slot.position), a.key_slots = {slot.slots, slot.stride, every};
+  else
+    set_output(a.key, rotated, 1, 0), a.key_slots = {nullptr, 0, every};
   const Tensor dense_value = last_dense(value);
-  const CacheHalf values(value_cache, dense_value);
+  const CacheHalf keys(key_cache, rotated), values(value_cache, dense_value);
   const int64_t B = query.size(0), heads = value.size(2);
   if (B * a.S == 0) {
     slot.count(a.S);
@@ -32,7 +36,10 @@ Tensor rope_append(const Tensor& query, const Tensor& key, const Tensor& value, 
     for (int64_t token = begin * unit; token < end * unit; token++) {
       const int64_t b = token / a.S, s = token % a.S;
       if (b % every) continue;
-      for (int64_t h = 0; h < heads; h++) values.copy(b, h, s, slot(s));
+      for (int64_t h = 0; h < heads; h++) {
+        if (!in_place) keys.copy(b, h, s, slot(s));
+        values.copy(b, h, s, slot(s));
+      }
     }
   });
   slot.count(a.S);

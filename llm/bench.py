@@ -20,6 +20,8 @@ from .commands.options import (
     DType,
     DTypeOption,
     GroupSizeOption,
+    KVDType,
+    KVDTypeOption,
     Scheme,
     SchemeOption,
     ThreadsOption,
@@ -53,6 +55,7 @@ class Settings:
         scheme: sym or asym.
         lm_head: int8, int4, or none for a floating-point head.
         optimize: False measures plain transformers (only with weight_dtype none).
+        kv_dtype: of cached keys and values: int8, float16, bfloat16, float32, or auto for dtype.
 
     Raises:
         ValueError: a value is outside these.
@@ -65,6 +68,7 @@ class Settings:
     scheme: str = "sym"
     lm_head: str = "int8"
     optimize: bool = True
+    kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Check the fields that WeightOnlyQuantConfig does not see."""
@@ -74,7 +78,19 @@ class Settings:
             raise ValueError(f"lm_head is {self.lm_head!r}; valid: {', '.join(HEADS)}")
         if not self.optimize and self.weight_dtype != "none":
             raise ValueError(f"weight_dtype is {self.weight_dtype!r} without optimize; plain transformers needs none")
-        self.quantization()
+        if not self.optimize and self.kv_dtype != "auto":
+            raise ValueError(f"kv_dtype is {self.kv_dtype!r} without optimize; plain transformers needs auto")
+        self.quantization(), self.stored_dtype()
+
+    def stored_dtype(self) -> torch.dtype:
+        """Return the dtype of cached keys and values as torch has it."""
+        from .cache import stored_dtype
+
+        return stored_dtype(self.kv_dtype_or_none(), self.torch_dtype()) or self.torch_dtype()
+
+    def kv_dtype_or_none(self) -> str | None:
+        """Return `kv_dtype` of `optimize`."""
+        return None if self.kv_dtype == "auto" else self.kv_dtype
 
     def torch_dtype(self) -> torch.dtype:
         """Return the dtype as torch has it."""
@@ -119,21 +135,35 @@ def build(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
     fill_linears(model)
     if not settings.optimize:
         return model
-    return optimize(model, dtype=settings.torch_dtype(), inplace=True, quantization_config=quantization)
+    return optimize(
+        model,
+        dtype=settings.torch_dtype(),
+        inplace=True,
+        quantization_config=quantization,
+        kv_dtype=settings.kv_dtype_or_none(),
+    )
 
 
 def load(directory: Path, settings: Settings) -> PreTrainedModel:
     """Return the model of a directory, optimized as the settings say."""
     from transformers import AutoModelForCausalLM
 
+    from .cache import choose_kv_dtype
     from .optimize import optimize
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=settings.torch_dtype(), local_files_only=True)
     if (
         not settings.optimize or getattr(model, "optimization_report", None) is not None
     ):  # what llmrt wrote loads optimized
+        choose_kv_dtype(model, settings.kv_dtype_or_none())
         return model
-    return optimize(model, dtype=settings.torch_dtype(), inplace=True, quantization_config=settings.quantization())
+    return optimize(
+        model,
+        dtype=settings.torch_dtype(),
+        inplace=True,
+        quantization_config=settings.quantization(),
+        kv_dtype=settings.kv_dtype_or_none(),
+    )
 
 
 def measure_model(
@@ -148,7 +178,7 @@ def measure_model(
     results = measure.summarize([watch.run() for _ in range(iterations)], workload)
     memory = measure.peak_memory_bytes()  # before the probes take theirs
     peaks = measure.machine_peaks()
-    work = measure.count_work(model, settings.torch_dtype())
+    work = measure.count_work(model, settings.stored_dtype())
     return {
         "workload": measure.workload_fields(workload),
         "results": results,
@@ -200,13 +230,14 @@ def _percent(value: float | None) -> str:
 
 
 def _settings_text(settings: dict[str, Any]) -> str:
+    cache = "" if settings["kv_dtype"] == "auto" else f", {settings['kv_dtype']} cache"
     if settings["weight_dtype"] == "none":
-        return f"{settings['dtype']} weights" + ("" if settings["optimize"] else ", plain transformers")
+        return f"{settings['dtype']} weights" + ("" if settings["optimize"] else ", plain transformers") + cache
     group = "rows" if settings["group_size"] == -1 else f"groups of {settings['group_size']}"
     head = "floating-point" if settings["lm_head"] == "none" else settings["lm_head"]
     return (
         f"{settings['weight_dtype']} {settings['scheme']} in {group}, {head} head, compute {settings['compute_dtype']}, "
-        f"{settings['dtype']} activations"
+        f"{settings['dtype']} activations{cache}"
     )
 
 
@@ -223,6 +254,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     beams: Annotated[int, typer.Option(min=1, help="Beams per sequence; 1 is greedy.")] = 1,
     dtype: DTypeOption = DType.AUTO,
+    kv_dtype: KVDTypeOption = KVDType.AUTO,
     weight_dtype: WeightDTypeOption = WeightDType.INT4,
     compute_dtype: ComputeDTypeOption = ComputeDType.AUTO,
     group_size: GroupSizeOption = 128,
@@ -273,7 +305,12 @@ def bench(
             "scheme": scheme.value,
             "lm_head": lm_head,
         }
-        settings = Settings(_dtype_name(dtype, config), **(_stored_weights(config) or weights), optimize=not plain)
+        settings = Settings(
+            _dtype_name(dtype, config),
+            **(_stored_weights(config) or weights),
+            optimize=not plain,
+            kv_dtype=kv_dtype.value,
+        )
         start = time.perf_counter()
         made = build(config, settings) if shape is not None else load(model, settings)  # type: ignore[arg-type]
         load_s = time.perf_counter() - start

@@ -17,13 +17,46 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import ops
-from . import attention
+from . import attention, cache_memory
 
 _kv_append = ops.kv_append.overload
 #: Tokens that a layer reserves at first when it is not told how many will come; buffers double from there.
 FIRST_CAPACITY = 256
 #: Largest first reservation, whatever the announced length: a default max_length of 128k tokens is rarely used up.
 LARGEST_FIRST_CAPACITY = 8192
+
+
+#: The attribute of a decoder's configuration that says what keys and values are stored as; `save_pretrained` keeps it.
+KV_DTYPE = "kv_cache_dtype"
+_KV_DTYPES = ("int8", "float16", "bfloat16", "float32")
+
+
+def stored_dtype(kv_dtype: Any, dtype: torch.dtype | None = None) -> torch.dtype | None:
+    """Return a dtype of keys and values that is given by name or as it is; None for None.
+
+    Raises:
+        ValueError: no cache has this dtype, or none with tokens of `dtype` (where that is given).
+    """
+    if kv_dtype is None:
+        return None
+    name = str(kv_dtype).removeprefix("torch.")
+    if name not in _KV_DTYPES:
+        raise ValueError(f"kv_dtype is {kv_dtype!r}; valid: {', '.join(_KV_DTYPES)}, or None for the model's dtype")
+    if name == "bfloat16" and dtype not in (None, torch.bfloat16):
+        raise ValueError(f"kv_dtype is bfloat16 for a {str(dtype)[6:]} model; valid: {str(dtype)[6:]}, float16, int8")
+    stored: torch.dtype = getattr(torch, name)
+    return stored
+
+
+def choose_kv_dtype(model: Any, kv_dtype: Any) -> None:
+    """Let the caches of a model store keys and values as `kv_dtype`; None: leave it as it is.
+
+    Raises:
+        ValueError: see `stored_dtype`.
+    """
+    stored = stored_dtype(kv_dtype, model.dtype)
+    if stored is not None:
+        setattr(model.config.get_text_config(decoder=True), KV_DTYPE, str(stored).removeprefix("torch."))
 
 
 def _no_config() -> None:
@@ -88,8 +121,8 @@ class KVLayer(CacheLayerMixin):
     """One layer of a `KVCache`.
 
     Attributes:
-        key_cache: [R, Hk, C, D]; tokens 0 .. length - 1 are valid.
-        value_cache: [R, Hk, C, Dv].
+        key_cache: [R, Hk, C, D] or, int8, [R, Hk, C, D + 4], see `ops.kv_append`; tokens 0 .. length - 1 are valid.
+        value_cache: [R, Hk, C, Dv] or, int8, [R, Hk, C, Dv + 4].
         length: tokens stored.
         rows: the table shared by all layers.
     """
@@ -97,9 +130,10 @@ class KVLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, rows: RowTable, max_length: int | None) -> None:
-        """Make an empty layer; buffers come with the first tokens."""
+    def __init__(self, rows: RowTable, max_length: int | None, kv_dtype: torch.dtype | None = None) -> None:
+        """Make an empty layer; buffers come with the first tokens, of kv_dtype or the tokens' dtype."""
         self.rows = rows
+        self.kv_dtype = kv_dtype
         self.max_length = max_length
         self.length = 0
         self.batch = 0
@@ -115,8 +149,11 @@ class KVLayer(CacheLayerMixin):
         batch, heads, dim, value_dim, self.dtype, self.device = fits
         capacity = self.max_length if self.max_length is not None else FIRST_CAPACITY + tokens
         capacity = max(tokens, min(capacity, max(LARGEST_FIRST_CAPACITY, tokens + FIRST_CAPACITY)), 1)
-        self.key_cache = torch.empty((batch, heads, capacity, dim), dtype=self.dtype, device=self.device)
-        self.value_cache = torch.empty((batch, heads, capacity, value_dim), dtype=self.dtype, device=self.device)
+        stored = self.kv_dtype or self.dtype
+        self.key_cache, self.value_cache = (
+            cache_memory.empty((batch, heads, capacity, ops.stored_width(width, stored)), stored, self.device)
+            for width in (dim, value_dim)
+        )
         self.batch = batch
         self._fits = fits
         self.is_initialized = True
@@ -156,7 +193,7 @@ class KVLayer(CacheLayerMixin):
         """Append keys [B, Hk, S, D] and values [B, Hk, S, Dv]; return all of them as [B, Hk, T, D] and [B, Hk, T, Dv].
 
         The returned keys carry this layer for llmrt's attention. If another attention will read them and beams were reordered, they
-        are gathered into the logical order first.
+        are gathered into the logical order first; where the buffers have another dtype than the tokens, they are converted.
 
         Raises:
             ValueError: no token, or heads, sizes, dtype or batch differ from what the cache holds.
@@ -169,7 +206,8 @@ class KVLayer(CacheLayerMixin):
             self.key_cache, self.value_cache, key_states.transpose(1, 2), value_states.transpose(1, 2), start, every
         )
         self.length = end
-        if rows.table is not None and not rows.read_by_llmrt():
+        converted = self.kv_dtype not in (None, self.dtype)
+        if (rows.table is not None or converted) and not rows.read_by_llmrt():
             return self._logical(self.key_cache), self._logical(self.value_cache)
         keys, values = self.key_cache.narrow(2, 0, end), self.value_cache.narrow(2, 0, end)
         keys._llmrt_layer = self  # type: ignore[attr-defined]
@@ -191,7 +229,7 @@ class KVLayer(CacheLayerMixin):
         capacity = max(tokens, 2 * self.key_cache.shape[2])
         for name in ("key_cache", "value_cache"):
             old = getattr(self, name)
-            new = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
+            new = cache_memory.empty((*old.shape[:2], capacity, old.shape[3]), old.dtype, old.device)
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
 
@@ -225,11 +263,11 @@ class KVLayer(CacheLayerMixin):
 
     def _logical(self, buffer: Tensor) -> Tensor:
         held = buffer[: self.batch, :, : self.length]
-        if self.rows.table is None:
-            return held
-        index = self.rows.table[: self.batch, : self.length].long()
-        tokens = torch.arange(self.length, device=buffer.device)
-        return buffer[:, :, : self.length].transpose(1, 2)[index, tokens].transpose(1, 2)
+        if self.rows.table is not None:
+            index = self.rows.table[: self.batch, : self.length].long()
+            tokens = torch.arange(self.length, device=buffer.device)
+            held = buffer[:, :, : self.length].transpose(1, 2)[index, tokens].transpose(1, 2)
+        return ops.load_rows(held, self.dtype)
 
     @property
     def keys(self) -> Tensor | None:
@@ -272,7 +310,7 @@ class KVLayer(CacheLayerMixin):
         if batch > self.key_cache.shape[0]:
             for name in ("key_cache", "value_cache"):
                 old = getattr(self, name)
-                new = old.new_empty((batch, *old.shape[1:]))
+                new = cache_memory.empty((batch, *old.shape[1:]), old.dtype, old.device)
                 new[: old.shape[0], :, : self.length] = old[:, :, : self.length]
                 setattr(self, name, new)
         self.batch = batch
@@ -290,9 +328,17 @@ class KVCache(Cache):
         max_length: tokens to reserve room for; the cache grows beyond by doubling.
         beams: rows that start from the same prompt (beams, or returned sequences of one sample): the first tokens are then stored
             once per sample.
+        kv_dtype: what keys and values are stored as: "int8" (with a scale per token and head), "float16", or the model's dtype.
+            None: what `optimize` was told, else the model's dtype.
     """
 
-    def __init__(self, config: Any, max_length: int | None = None, beams: int = 1) -> None:
+    def __init__(
+        self,
+        config: Any,
+        max_length: int | None = None,
+        beams: int = 1,
+        kv_dtype: str | torch.dtype | None = None,
+    ) -> None:
         """Make an empty cache."""
         if beams < 1:
             raise ValueError(f"beams is {beams}; valid: 1 and more")
@@ -300,7 +346,10 @@ class KVCache(Cache):
             raise ValueError(f"max_length is {max_length}; valid: 1 and more, or None")
         decoder = config.get_text_config(decoder=True)
         self.rows = RowTable(beams, decoder)
-        super().__init__(layers=[KVLayer(self.rows, max_length) for _ in range(decoder.num_hidden_layers)])
+        #: What keys and values are stored as; None: the tokens' dtype.
+        self.kv_dtype = stored_dtype(getattr(decoder, KV_DTYPE, None) if kv_dtype is None else kv_dtype)
+        layers = [KVLayer(self.rows, max_length, self.kv_dtype) for _ in range(decoder.num_hidden_layers)]
+        super().__init__(layers=layers)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import attention
-from .cache import KVCache
+from .cache import KV_DTYPE, KVCache
 from .stand_in import StandIn
 
 
@@ -28,6 +28,14 @@ class CacheSetup(StandIn):
             and _is_default(generation_config.cache_implementation, model.generation_config)
             and model.config._attn_implementation == attention.NAME
         )
+        asked = getattr(model.config.get_text_config(decoder=True), KV_DTYPE, None)
+        if not ours and asked is not None and model_kwargs.get("past_key_values") is None:
+            named = generation_config.cache_implementation
+            if generation_config.use_cache is not False and named is not None:
+                raise ValueError(
+                    f"cache_implementation is {named!r}, which stores keys and values in the model's dtype; the model was optimized "
+                    f"with kv_dtype={asked!r}: leave cache_implementation out"
+                )
         if not ours:
             return type(model)._prepare_cache_for_generation(
                 model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

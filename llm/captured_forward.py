@@ -50,10 +50,12 @@ class Key(NamedTuple):
     table: bool
     beams: bool
     last: bool  # only the last logits
+    kv_dtype: torch.dtype | None  # of the buffers; None: that of the tokens
 
     def describe(self) -> str:
         """Return a few words for the report."""
         parts = ["one token" if self.one_token else "several tokens", "one row" if self.one_row else "several rows"]
+        parts += [] if self.kv_dtype is None else [f"{str(self.kv_dtype)[6:]} cache"]
         parts += ["padding"] * self.mask + ["beams"] * self.table
         parts += ["last logits" if self.last else "all logits"] * (not self.one_token)
         return ", ".join(parts)
@@ -95,6 +97,7 @@ class Call:
             table is not None,
             beams > 1,
             self.last,
+            self.cache.kv_dtype,
         )
 
     def inputs(self) -> list[Any]:
@@ -183,7 +186,9 @@ class CapturedForward:
         for kind in kinds.kinds:
             if kind is not None:
                 heads, dim, value_dim, dtype, device = kind
-                buffers += [capture.tensor((rows, heads, capacity, d), dtype, device) for d in (dim, value_dim)]
+                stored = key.kv_dtype or dtype
+                widths = (ops.stored_width(d, stored) for d in (dim, value_dim))
+                buffers += [capture.tensor((rows, heads, capacity, width), stored, device) for width in widths]
         names = tuple(given)
 
         def forward(*inputs: Any) -> Any:

@@ -280,7 +280,8 @@ class Deployment(StandIn):
             }
             return {**{k: v for k, v in given.items() if v is not None}, "past_key_values": cache, "use_cache": True}
 
-        forward, cache = type(model).forward, KVCache(model.config, past + tokens, call.sizes[-1])
+        forward = type(model).forward
+        cache = KVCache(model.config, past + tokens, call.sizes[-1], call.cache.kv_dtype)
         forward(model, ids[:, :past], **part(0, past, cache))
         if key.table:
             cache.reorder_cache(torch.arange(batch))

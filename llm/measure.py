@@ -21,7 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .. import _C
+from .. import _C, ops
 from . import doctor
 from .timing import StepClock
 
@@ -127,7 +127,13 @@ def count_shape(config: PretrainedConfig, dtype: torch.dtype, weight_bytes: int)
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or (1 if getattr(text, "multi_query", False) else heads)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Work(weight_bytes, layer_macs, head_macs, 2 * kv_heads * head_dim * dtype.itemsize, _windows(text))
+    return Work(
+        weight_bytes,
+        layer_macs,
+        head_macs,
+        2 * kv_heads * ops.stored_width(head_dim, dtype) * dtype.itemsize,
+        _windows(text),
+    )
 
 
 def count_macs(config: PretrainedConfig) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from .cache import choose_kv_dtype, stored_dtype
 from .convert import Converter
 from .deployment import undeployable
 from .linear import QuantLinear, SiblingLinear
@@ -33,6 +34,7 @@ def optimize(
     sample_inputs: Any = None,
     deployment_mode: bool = True,
     strict: bool = False,
+    kv_dtype: str | torch.dtype | None = None,
 ) -> Any:
     """Return the model with its linears, norms, rotations, feed-forward parts, attention and cache run by llmrt's operators.
 
@@ -57,6 +59,8 @@ def optimize(
         deployment_mode: True runs calls with a `KVCache`, as generate makes them, as captured graphs of operators; False always runs
             the modules. Attributes of modules, such as an epsilon, are then read once.
         strict: raise `OptimizationError`, with the reasons, if anything would stay unoptimized that has a faster form.
+        kv_dtype: what generate's cache stores keys and values as: "int8" (codes with a scale per token and head: about half the
+            bytes of bfloat16), "float16", or None for the model's dtype. Kept in the model's configuration.
 
     Returns:
         The optimized model.
@@ -69,8 +73,13 @@ def optimize(
     _check_arguments(
         model, optimizer, dtype, device, quantization_config, qconfig_summary_file, low_precision_checkpoint
     )
+    stored = stored_dtype(kv_dtype, dtype or model.dtype)
     plan = Planner(model, quantization_config).plan()
     check_weights(model, plan)
+    if stored is not None and not plan.cache:
+        raise ValueError(
+            f"kv_dtype is {kv_dtype!r}, but {type(model).__name__} does not use llmrt's cache: leave it out"
+        )
     reason = undeployable(model) if deployment_mode else None
     if reason is not None:
         plan.report.add("", "forward", reason=reason, expected=False)
@@ -81,6 +90,7 @@ def optimize(
     Converter(result, plan, dtype, not inplace, deployment_mode and reason is None, strict).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
+    choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
         _mark_quantized(result, quantization_config)
     return result

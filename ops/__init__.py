@@ -6,6 +6,7 @@ from .dense import dense_linear, gated_linear, parallel_linear
 from .formats import FORMATS, Layout, dequantize, interleave_gate_up, quantize
 from .gated import gelu_mul, silu_mul
 from .kv_append import kv_append
+from .kv_rows import load_rows, stored_width
 from .linear import pack_weight, quant_linear, unpack_weight
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .operator import OPERATORS, Operator
@@ -29,6 +30,7 @@ __all__ = [
     "interleave_gate_up",
     "kv_append",
     "layer_norm",
+    "load_rows",
     "pack_weight",
     "parallel_linear",
     "quant_linear",
@@ -38,5 +40,6 @@ __all__ = [
     "rope",
     "rope_append",
     "silu_mul",
+    "stored_width",
     "unpack_weight",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .check import check, check_dtype, check_floating, check_shape
+from .kv_rows import check_stored, load_rows, row_width, store_rows, stored_width
 from .norm import wide
 from .operator import Sample, operator
 
@@ -51,13 +52,14 @@ def check_attention(
 ) -> None:
     """Raise RuntimeError unless these arguments of attention fit together."""
     check_floating(query, "query")
-    check_dtype(key, query.dtype, "key")
-    check_dtype(value, query.dtype, "value")
+    check_stored(key, query.dtype, "key")
+    check_dtype(value, key.dtype, "value")
     check_shape(query, (-1, -1, -1, -1), "query")
     batch, tokens, heads, width = query.shape
-    check_shape(key, (-1, -1, -1, width), "key")
+    check_shape(key, (-1, -1, -1, stored_width(width, key.dtype)), "key")
     cache_rows, kv_heads, capacity, _ = key.shape
     check_shape(value, (cache_rows, kv_heads, capacity, -1), "value")
+    check_stored(value, query.dtype, "value")
     check_last_dense(key, "key")
     check_last_dense(value, "value")
     check(
@@ -92,9 +94,13 @@ def check_attention(
 def logical_rows(x: Tensor, batch: int, length: int, rows: Tensor | None) -> Tensor:
     """Return tokens 0..length-1 of each logical row, [B, Hk, length, D] in the dtype that references compute in."""
     if rows is None:
-        return wide(x[:batch, :, :length])
+        return _wide_rows(x[:batch, :, :length])
     token = torch.arange(length, device=x.device)
-    return wide(x.transpose(1, 2)[rows[:, :length].long(), token].transpose(1, 2))
+    return _wide_rows(x.transpose(1, 2)[rows[:, :length].long(), token].transpose(1, 2))
+
+
+def _wide_rows(x: Tensor) -> Tensor:
+    return load_rows(x, torch.float32) if x.dtype == torch.int8 else wide(x)
 
 
 @operator()
@@ -127,8 +133,9 @@ def attention(
 
     Args:
         query: [B, S, H, D] float32, bfloat16 or float16, any strides.
-        key: [R, Hk, C, D] in query's dtype: a cache, or any strided tensor whose last dimension is contiguous.
-        value: [R, Hk, C, Dv] in query's dtype, likewise.
+        key: [R, Hk, C, D] in query's dtype: a cache, or any strided tensor whose last dimension is contiguous. Also
+            float16 or float32 [R, Hk, C, D], or int8 [R, Hk, C, D + 4], rows of D codes and a scale (see `kv_append`).
+        value: [R, Hk, C, Dv] in key's dtype, int8 [R, Hk, C, Dv + 4], likewise.
         length: tokens 0..length-1 of the cache are valid; at most C. The new tokens are already in it.
         scale: factor of the dot products, usually D ** -0.5.
         causal: hide tokens t > p. Needs S <= length.
@@ -154,9 +161,9 @@ def attention(
     batch, tokens, heads, _ = query.shape
     kv_heads, device = key.shape[1], query.device
     if length == 0:
-        return query.new_zeros(batch, tokens, heads, value.shape[3])
+        return query.new_zeros(batch, tokens, heads, row_width(value))
     q = wide(query).transpose(1, 2).unflatten(1, (kv_heads, -1))
-    k, v = (logical_rows(x, batch, length, rows) for x in (key, value))
+    k, v = (logical_rows(x, batch, length, rows).to(q.dtype) for x in (key, value))
     scores = (q @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -217,9 +224,10 @@ def _(
     check_floating(query, "query")
     for x, name in ((query, "query"), (key, "key"), (value, "value")):
         check_shape(x, (-1, -1, -1, -1), name)
-        check_dtype(x, query.dtype, name)
+    check_stored(key, query.dtype, "key")
+    check_dtype(value, key.dtype, "value")
     batch, tokens, heads, _width = query.shape
-    return query.new_empty(batch, tokens, heads, value.shape[3])
+    return query.new_empty(batch, tokens, heads, row_width(value))
 
 
 def _operands(
@@ -325,3 +333,26 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
     query, key, value, length, _ = _operands(dtype, 1, 1, 2, 1, 16, 20)
     yield Sample("large scores", (query * 30, key * 30, value, length, 0.25))
     yield Sample("negative scale", (query, key, value, length, -0.25))
+    for stored in (torch.int8, torch.float16, torch.float32):
+        yield from _stored_samples(dtype, stored)
+
+
+def _stored_samples(dtype: torch.dtype, stored: torch.dtype) -> Iterator[Sample]:
+    """Yield calls over caches of another dtype than the query's."""
+
+    def sample(name: str, *sizes: int, cache_rows: int = 0, value_width: int = 0, **options: Any) -> Sample:
+        shape = {"cache_rows": cache_rows or sizes[0], "value_width": value_width or sizes[4]}
+        query, key, value, length, scale = _operands(dtype, *sizes, **shape)
+        key, value = (store_rows(x.nan_to_num(), stored) for x in (key * 2, value))
+        return Sample(f"{str(stored)[6:]} cache, {name}", (query, key, value, length, scale), options)
+
+    rows = torch.randint(0, 3, (4, 152), dtype=torch.int32)
+    for tokens in (1, 3, 40):
+        yield sample(f"{tokens} tokens", 1, tokens, 8, 2, 64, 150)
+        yield sample(f"{tokens} tokens, odd sizes", 2, tokens, 5, 1, 33, 70, value_width=17)
+        more: dict[str, Any] = {"mask": _left_padding(4, 150), "rows": rows, "beams": 2, "cache_rows": 3}
+        yield sample(f"{tokens} tokens, indirect, padding", 4, tokens, 4, 2, 24, 150, **more)
+        more = {"window": 60, "softcap": 3.0, "slopes": torch.rand(3), "sinks": torch.randn(3)}
+        yield sample(f"{tokens} tokens, everything", 2, tokens, 3, 3, 128, 200, **more)
+    yield sample("long decode", 1, 1, 8, 2, 128, 1200)
+    yield sample("tiny heads", 1, 2, 2, 2, 1, 20)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention import check_last_dense
 from .check import check, check_dtype, check_floating, check_shape, differ
+from .kv_rows import check_stored, row_width, store_rows, stored_width
 from .operator import Sample, operator
 
 
@@ -23,14 +25,16 @@ def check_append(
     counter: Tensor | None,
 ) -> int:
     """Raise RuntimeError unless the arguments of kv_append fit together; return the place of the first token."""
-    check_floating(key_cache, "key_cache")
-    for x, name in ((value_cache, "value_cache"), (key, "key"), (value, "value")):
-        check_dtype(x, key_cache.dtype, name)
+    check_floating(key, "key")
+    check_stored(key_cache, key.dtype, "key_cache")
+    check_dtype(value_cache, key_cache.dtype, "value_cache")
+    check_dtype(value, key.dtype, "value")
     check_shape(key_cache, (-1, -1, -1, -1), "key_cache")
-    rows, heads, capacity, width = key_cache.shape
+    rows, heads, capacity, _ = key_cache.shape
     check_shape(value_cache, (rows, heads, capacity, -1), "value_cache")
-    check_shape(key, (-1, -1, heads, width), "key")
-    check_shape(value, (key.shape[0], key.shape[1], heads, value_cache.shape[3]), "value")
+    check_stored(value_cache, key.dtype, "value_cache")
+    check_shape(key, (-1, -1, heads, row_width(key_cache)), "key")
+    check_shape(value, (key.shape[0], key.shape[1], heads, row_width(value_cache)), "value")
     for x, name in ((key_cache, "key_cache"), (value_cache, "value_cache")):
         check_last_dense(x, name)
     check(key.shape[0] <= rows, f"key has {key.shape[0]} rows; key_cache holds {rows}")
@@ -72,10 +76,12 @@ def check_append_kinds(
     counter: Tensor | None,
 ) -> None:
     """Raise RuntimeError where dtypes or numbers of dimensions cannot fit: what a fake kernel can say of any sizes."""
-    check_floating(key_cache, "key_cache")
+    check_floating(key, "key")
     for x, name in ((key_cache, "key_cache"), (value_cache, "value_cache"), (key, "key"), (value, "value")):
-        check_dtype(x, key_cache.dtype, name)
         check_shape(x, (-1, -1, -1, -1), name)
+    check_stored(key_cache, key.dtype, "key_cache")
+    check_dtype(value_cache, key_cache.dtype, "value_cache")
+    check_dtype(value, key.dtype, "value")
     if positions is not None:
         check_dtype(positions, torch.int64, "positions")
         check_shape(positions, (-1,), "positions")
@@ -103,11 +109,15 @@ def kv_append(
 
     With `every` = number of beams the prompt of a beam search is stored once per sample, in the sample's first row.
 
+    An int8 cache holds D codes and the float32 scale of each token and head: scale = largest magnitude / 127, code =
+    element / scale, rounded to the nearest (ties to even). Rows that are zero, or smaller than 1e-30, are stored as zeros.
+
     Args:
-        key_cache: [R, Hk, C, D] float32, bfloat16 or float16, R at least B; the last dimension contiguous. Written to.
-        value_cache: [R, Hk, C, Dv], the dtype of key_cache; the last dimension contiguous. Written to.
-        key: [B, S, Hk, D], the dtype of key_cache, any strides.
-        value: [B, S, Hk, Dv], likewise.
+        key_cache: [R, Hk, C, D] of key's dtype, float16 or float32, or [R, Hk, C, D + 4] int8; R at least B; the last
+            dimension contiguous. Written to.
+        value_cache: [R, Hk, C, Dv] or, int8, [R, Hk, C, Dv + 4], the dtype of key_cache, likewise. Written to.
+        key: [B, S, Hk, D] float32, bfloat16 or float16, any strides.
+        value: [B, S, Hk, Dv], the dtype of key, any strides.
         position: index of the first token written, 0 to C - S; 0 where positions or counter is given.
         every: distance between the rows that are written, 1 = all.
         positions: int64 [S], the index of each token, 0 to C - 1; None: position + s.
@@ -125,7 +135,8 @@ def kv_append(
     last = torch.zeros(key_cache.shape[2], dtype=torch.int64, device=key.device)
     last = last.scatter_reduce(0, positions, token, "amax")[positions]
     for cache, new in ((key_cache, key), (value_cache, value)):
-        cache[: key.shape[0] : every].index_copy_(2, positions, new[::every, last].transpose(1, 2))
+        stored = store_rows(new[::every, last], cache.dtype)
+        cache[: key.shape[0] : every].index_copy_(2, positions, stored.transpose(1, 2))
     if counter is not None:
         counter.add_(key.shape[1])
 
@@ -145,7 +156,10 @@ def _(
 
 
 def empty_caches(*shape: int, width: int, value_width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a key and a value cache [R, Hk, C, width or value_width] full of NaN."""
+    """Return a key and a value cache [R, Hk, C, width or value_width] full of NaN, int8 ones of 99."""
+    if dtype == torch.int8:
+        key_cache, value_cache = (torch.full((*shape, stored_width(w, dtype)), 99).char() for w in (width, value_width))
+        return key_cache, value_cache
     nan = float("nan")
     return torch.full((*shape, width), nan, dtype=dtype), torch.full((*shape, value_width), nan, dtype=dtype)
 
@@ -197,3 +211,24 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
         )
     no_token = torch.empty(0, dtype=torch.int64)
     yield Sample("no positions", (*caches(1, 2, 3, 4, 4), new(1, 0, 2, 4), new(1, 0, 2, 4), 0, 1, no_token))
+    for cache_dtype in (torch.int8, torch.float16, torch.float32):
+        yield from _stored_samples(dtype, cache_dtype)
+
+
+def _stored_samples(dtype: torch.dtype, stored: torch.dtype) -> Iterator[Sample]:
+    """Yield calls that convert the tokens."""
+
+    def sample(name: str, rows: int, tokens: int, width: int, value_width: int, *args: Any, **options: Any) -> Sample:
+        caches = empty_caches(rows + 1, 2, 70, width=width, value_width=value_width, dtype=stored)
+        key = (
+            torch.randn(rows, tokens, 2, width, dtype=dtype)
+            * torch.tensor([1e-3, 0, 8, 1])[torch.arange(tokens) % 4, None, None]
+        )
+        value = torch.randn(rows, tokens, 2, value_width + 3, dtype=dtype)[..., :value_width]
+        return Sample(f"{str(stored)[6:]} cache, {name}", (*caches, key.to(dtype), value, *args), options)
+
+    yield sample("one token", 2, 1, 64, 64, 5)
+    yield sample("a prompt", 1, 60, 128, 96, 3)
+    yield sample("odd sizes, every 2", 4, 5, 33, 7, 1, 2)
+    yield sample("repeated positions", 1, 4, 16, 1, 0, 1, torch.tensor([3, 1, 3, 3]))
+    yield sample("counter", 3, 4, 24, 40, 0, counter=torch.tensor(9))

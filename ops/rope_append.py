@@ -42,8 +42,9 @@ def rope_append(
         value: [B, S, Hk, Dv] in the dtype of query, any strides.
         cos: [B|1, S, R or R / 2], or with position_ids a table [P, R or R / 2], as in `rope`.
         sin: the shape and dtype of cos.
-        key_cache: [R, Hk, C, D] in the dtype of query, R at least B; the last dimension contiguous. Written to.
-        value_cache: [R, Hk, C, Dv], likewise. Written to.
+        key_cache: [R, Hk, C, D] or, int8, [R, Hk, C, D + 4], R at least B, of a dtype that `kv_append` takes; the last
+            dimension contiguous. Written to.
+        value_cache: [R, Hk, C, Dv] or, int8, [R, Hk, C, Dv + 4], likewise. Written to.
         position: index in the cache of the first token written, 0 to C - S; 0 where positions or counter is given.
         every: distance between the rows that are written to the cache, 1 = all.
         positions: int64 [S], the index in the cache of each token; None: position + s.

@@ -21,6 +21,7 @@ def generate(
     scheme: o.SchemeOption = o.Scheme.SYM,
     compute_dtype: o.ComputeDTypeOption = o.ComputeDType.AUTO,
     dtype: o.DTypeOption = o.DType.AUTO,
+    kv_dtype: o.KVDTypeOption = o.KVDType.AUTO,
     threads: o.ThreadsOption = None,
     temperature: o.TemperatureOption = None,
     top_p: o.TopPOption = None,
@@ -39,7 +40,7 @@ def generate(
     config = o.quantization(weight_dtype, group_size, scheme, compute_dtype)
     o.set_threads(threads)
     choices = o.sampling(temperature, top_p, seed)
-    loaded = load(model, dtype.torch(), config)
+    loaded = load(model, dtype.torch(), config, kv_dtype.name_or_none())
     _run(loaded, prompt, max_new_tokens, beams, choices)
 
 

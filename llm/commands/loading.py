@@ -90,18 +90,25 @@ def _short_errors(prefix: str) -> Iterator[None]:
         fail(f"{prefix}: {first}")
 
 
-def load(name: str, dtype: torch.dtype | None = None, quantization: WeightOnlyQuantConfig | None = None) -> Loaded:
+def load(
+    name: str,
+    dtype: torch.dtype | None = None,
+    quantization: WeightOnlyQuantConfig | None = None,
+    kv_dtype: str | None = None,
+) -> Loaded:
     """Return the optimized model of a local directory or a name on the hub.
 
     Args:
         name: "demo", a directory (never looked up on the hub), or else a name on the Hugging Face hub.
         dtype: of everything that is not quantized; None: as the checkpoint says.
         quantization: quantize the weights; None: leave them as stored.
+        kv_dtype: what the cache stores keys and values as; None: the model's dtype.
     """
     directory = _local_directory(name)
     start = time.perf_counter()
     import transformers
 
+    from ..cache import choose_kv_dtype
     from ..optimize import optimize
 
     transformers.utils.logging.disable_progress_bar()
@@ -118,5 +125,9 @@ def load(name: str, dtype: torch.dtype | None = None, quantization: WeightOnlyQu
         ).eval()
     with _short_errors(f"{name} cannot be optimized"):
         if getattr(model, "optimization_report", None) is None:  # a directory that llmrt wrote loads optimized
-            model = optimize(model, dtype=model.dtype, inplace=True, quantization_config=quantization)
+            model = optimize(
+                model, dtype=model.dtype, inplace=True, quantization_config=quantization, kv_dtype=kv_dtype
+            )
+        else:
+            choose_kv_dtype(model, kv_dtype)
     return Loaded(model, tokenizer, time.perf_counter() - start)

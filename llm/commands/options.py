@@ -68,6 +68,20 @@ class ComputeDType(str, Enum):
     FP32 = "fp32"
 
 
+class KVDType(str, Enum):
+    """Values of --kv-dtype."""
+
+    AUTO = "auto"
+    INT8 = "int8"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+    def name_or_none(self) -> str | None:
+        """Return `kv_dtype` of `optimize`, None for auto."""
+        return None if self is KVDType.AUTO else self.value
+
+
 DTypeOption = Annotated[
     DType, typer.Option("--dtype", help="Of everything that is not quantized; auto: as the checkpoint says.")
 ]
@@ -80,6 +94,9 @@ GroupSizeOption = Annotated[
 SchemeOption = Annotated[Scheme, typer.Option("--scheme", help="asym: a zero point for every group.")]
 ComputeDTypeOption = Annotated[
     ComputeDType, typer.Option("--compute-dtype", help="Arithmetic of quantized products; auto: int8.")
+]
+KVDTypeOption = Annotated[
+    KVDType, typer.Option("--kv-dtype", help="Of cached keys and values; int8 halves their bytes. auto: as --dtype.")
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads; default: one per physical core.")

@@ -32,12 +32,14 @@ def perplexity(
     scheme: o.SchemeOption = o.Scheme.SYM,
     compute_dtype: o.ComputeDTypeOption = o.ComputeDType.AUTO,
     dtype: o.DTypeOption = o.DType.AUTO,
+    kv_dtype: o.KVDTypeOption = o.KVDType.AUTO,
     threads: o.ThreadsOption = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Print the perplexity of MODEL on texts, cut into windows that are predicted one by one from their first token.
 
-    The texts are joined, each between the tokenizer's begin and end tokens; the rest that does not fill a window is dropped.
+    The texts are joined, each between the tokenizer's begin and end tokens; the rest that does not fill a window is dropped. With
+    --kv-dtype keys and values go through a cache of that dtype.
 
     Example: llmrt perplexity demo --demo-held-out --weight-dtype int4 --group-size 32
 
@@ -47,7 +49,7 @@ def perplexity(
     config = o.quantization(weight_dtype, group_size, scheme, compute_dtype)
     o.set_threads(threads)
     limit = 120 if windows is None and demo_held_out else windows
-    result, weights = _measure(model, files, length, limit, dtype, config)
+    result, weights = _measure(model, files, length, limit, dtype, config, kv_dtype)
     if as_json:
         typer.echo(json.dumps({"model": model, "weights": weights, **asdict(result)}, indent=2))
         return
@@ -79,7 +81,7 @@ def _read(file: Path) -> str:
 
 
 def _measure(
-    model: str, files: list[Path], length: int, limit: int | None, dtype: o.DType, config: Any
+    model: str, files: list[Path], length: int, limit: int | None, dtype: o.DType, config: Any, kv_dtype: o.KVDType
 ) -> tuple[Perplexity, str]:
     """Return the perplexity, and a text that says what the weights are."""
     from rich.console import Console
@@ -88,7 +90,7 @@ def _measure(
     from ..perplexity import perplexity as run
     from ..perplexity import token_windows
 
-    loaded = load(model, dtype.torch(), config)
+    loaded = load(model, dtype.torch(), config, kv_dtype.name_or_none())
     if loaded.max_tokens is not None and length > loaded.max_tokens:
         o.fail(f"--window is {length}; this model takes at most {loaded.max_tokens} tokens")
     try:
@@ -101,5 +103,7 @@ def _measure(
             loaded.model,
             windows,
             lambda done, so_far: bar.update(task, completed=done, description=f"perplexity {so_far:.3f}"),
+            cached=kv_dtype is not o.KVDType.AUTO,
         )
-    return result, "weights as stored" if config is None else f"{config.layout()}, compute {config.compute}"
+    weights = "weights as stored" if config is None else f"{config.layout()}, compute {config.compute}"
+    return result, weights if kv_dtype is o.KVDType.AUTO else f"{weights}, {kv_dtype.value} cache"

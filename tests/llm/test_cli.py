@@ -210,3 +210,12 @@ def test_broken_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x10" * 100)
     result = run("generate", str(tmp_path), "x")
     assert result.exit_code == 2 and "cannot be loaded" in result.stderr
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float16"])
+def test_kv_dtype(kv_dtype: str) -> None:
+    result = good("generate", "def parse_args(", "--max-new-tokens", "6", "--kv-dtype", kv_dtype)
+    assert "generated 6 tokens" in result.stderr
+    text = good("perplexity", "--demo-held-out", "--windows", "1", "--window", "64", "--kv-dtype", kv_dtype).stdout
+    assert f"weights as stored, {kv_dtype} cache" in text
+    assert "valid" in run("generate", "x", "--dtype", "float32", "--kv-dtype", "bfloat16").stderr

@@ -67,6 +67,15 @@ def test_int8_compute_keeps_the_perplexity(
     assert abs(ratio - 1) < bound, f"{ratio - 1:+.4%}"
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "float16"])
+def test_a_smaller_cache_keeps_the_perplexity(kv_dtype: str, windows: Tensor) -> None:
+    exact = perplexity(llm.optimize(demo(), dtype=torch.bfloat16), windows, cached=True).value
+    ratio = (
+        perplexity(llm.optimize(demo(), dtype=torch.bfloat16, kv_dtype=kv_dtype), windows, cached=True).value / exact
+    )
+    assert 0 < abs(ratio - 1) < 0.001, f"{ratio - 1:+.4%}"
+
+
 def test_windows_join_texts_between_bos_and_eos(tokenizer: Any) -> None:
     texts = ["import os\n" * 20, "x = 1\n" * 20]
     joined = [t for text in texts for t in (0, *tokenizer(text, add_special_tokens=False)["input_ids"], 1)]

@@ -167,7 +167,21 @@ def test_lengths_share_one_graph(isa: str) -> None:
 GOOD = operands(2, 3, 10)
 BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("dtype", lambda: attention(GOOD[0].long(), *GOOD[1:]), "query has dtype int64; valid: float32, bfloat16, float16"),
-    ("key dtype", lambda: attention(GOOD[0], GOOD[1].half(), *GOOD[2:]), "key has dtype float16; expected float32"),
+    (
+        "key dtype",
+        lambda: attention(GOOD[0], GOOD[1].bfloat16(), GOOD[2].bfloat16(), *GOOD[3:]),
+        "key has dtype bfloat16; valid with float32 tokens: float32, float16, int8",
+    ),
+    (
+        "int8 key width",
+        lambda: attention(GOOD[0], GOOD[1].char(), GOOD[2].char(), *GOOD[3:]),
+        r"key has shape .*; expected \[any, any, any, 20\]",
+    ),
+    (
+        "int8 value without scale",
+        lambda: attention(GOOD[0], torch.zeros(*GOOD[1].shape[:3], 20).char(), GOOD[2].char()[..., :3], *GOOD[3:]),
+        "value has rows of 3 bytes; expected D codes and a scale of 4",
+    ),
     (
         "value dtype",
         lambda: attention(*GOOD[:2], GOOD[2].half(), *GOOD[3:]),

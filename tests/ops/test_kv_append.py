@@ -49,7 +49,16 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
         lambda: ops.kv_append(CACHE, CACHE.half(), NEW, NEW, 0),
         "value_cache has dtype float16; expected f",
     ),
-    ("key dtype", lambda: ops.kv_append(CACHE, CACHE, NEW.half(), NEW, 0), "key has dtype float16; expected float32"),
+    (
+        "cache dtype",
+        lambda: ops.kv_append(CACHE.bfloat16(), CACHE.bfloat16(), NEW, NEW, 0),
+        "key_cache has dtype bfloat16; valid with float32 tokens: float32, float16, int8",
+    ),
+    (
+        "int8 cache width",
+        lambda: ops.kv_append(CACHE.char(), CACHE.char(), NEW, NEW, 0),
+        r"key has shape .*; expected \[any, any, ",
+    ),
     (
         "value dtype",
         lambda: ops.kv_append(CACHE, CACHE, NEW, NEW.half(), 0),

@@ -63,6 +63,26 @@ def test_equals_the_two_steps_apart(name: str, dtype: torch.dtype, threads: int,
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("stored", [torch.int8, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_converted_keys_equal_the_two_steps_apart(name: str, stored: torch.dtype, isa: str) -> None:
+    options = dict(OPTIONS[name])
+    query, key, value = operands(torch.bfloat16)
+    half = options.get("rotary_dim", D) // 2
+    cos, sin = torch.randn(2, *((S,) if "position_ids" in options else (1, S)), half).to(torch.bfloat16).unbind(0)
+    position, count = options.pop("position", 0), options.pop("counter", None)
+    widths = [ops.stored_width(width, stored) for width in (D, Dv)]
+    together, apart = ([torch.full((B + 1, Hk, C, w), 7).to(stored) for w in widths] for _ in range(2))
+    counters = [None if count is None else count.clone() for _ in range(2)]
+    rotated = ops.rope_append(query, key, value, cos, sin, *together, position, counter=counters[0], **options)
+    place = {n: options.pop(n) for n in ("every", "positions") if n in options}
+    expected, expected_key = ops.rope(query, key, cos, sin, **options)
+    ops.kv_append(*apart, expected_key, value, position, counter=counters[1], **place)
+    assert torch.equal(rotated, expected) and not torch.equal(together[0], torch.full_like(together[0], 7))
+    for x, y in zip(together, apart, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_many_tokens_on_several_threads(isa: str) -> None:
     tokens = 700
     query, key, value = torch.randn(3, 2, tokens, 3, 64).unbind(0)
@@ -82,8 +102,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "value dtype": ({"value": torch.randn(B, S, Hk, Dv).half()}, "value has dtype float16; expected float32"),
     "cache dtype": ({"key_cache": torch.zeros(B, Hk, C, D).half()}, "value_cache has dtype float32; expected float16"),
     "both caches": (
-        {"key_cache": torch.zeros(B, Hk, C, D).half(), "value_cache": torch.zeros(B, Hk, C, Dv).half()},
-        "key has dtype float32; expected float16",
+        {"key_cache": torch.zeros(B, Hk, C, D).bfloat16(), "value_cache": torch.zeros(B, Hk, C, Dv).bfloat16()},
+        "key_cache has dtype bfloat16; valid with float32 tokens: float32, float16, int8",
     ),
     "capacity": ({"position": 6}, "position 6 and 6 tokens do not fit .* 11"),
     "position": ({"position": 1, "positions": torch.arange(S)}, "position is 1; expected 0"),
