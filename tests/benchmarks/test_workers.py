@@ -1,6 +1,7 @@
 """The peers' workers and files, and what installs them."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,18 +101,29 @@ def test_random_blocks_have_the_deviation_of_a_weight(load):
         assert weight.shape == (64, 512) and weight.std() == pytest.approx(512**-0.5, rel=0.05)
 
 
-def test_openvino_graph_gives_the_same_tokens_in_one_piece_and_in_many(load):
+def test_openvino_graph_gives_the_same_logits_in_one_piece_and_in_many(load):
     pytest.importorskip("openvino")
     numpy = pytest.importorskip("numpy")
     fields = load("fleet.py").model_fields("tiny")
     load("workers/protocol.py")
     worker = load("workers/openvino_model.py")
-    compiled = worker.ov.Core().compile_model(worker.Graph(fields, "int4", 32).build(), "CPU")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    compiled = worker.ov.Core().compile_model(worker.Graph(fields, "int4", 32).build(), "CPU", settings)
     requests = worker.Requests(compiled, fields["vocab_size"])
-    for depth in (0, 4):
+    tokens = numpy.random.default_rng(0).integers(0, fields["vocab_size"], (2, 9))
+    requests.rng = drawn = SimpleNamespace(integers=lambda low, high, shape, dtype: drawn.next.pop(0))
+
+    def logits(depth, *pieces):
+        drawn.next = list(pieces)
         requests.start(2, depth)
-        requests.feed(2, depth, depth + 3)
-        assert numpy.isfinite(requests.request.get_output_tensor(0).data).all()
+        requests.feed(2, depth, 9)
+        assert not drawn.next
+        return requests.request.get_output_tensor(0).data.copy()
+
+    whole = logits(0, tokens)
+    assert whole.shape == (2, 1, fields["vocab_size"]) and abs(whole).max() > 0.1
+    for pieces in ((tokens[:, :4], tokens[:, 4:]), (tokens[:, 4:],)):  # the second finds the first four in the cache
+        assert abs(logits(4, *pieces) - whole).max() < 0.01 * abs(whole).max()
 
 
 def test_install_commands(load, capsys, tmp_path):
