@@ -177,11 +177,12 @@ class Worker:
         self.process.wait(timeout=60)
 
     def _answer(self, expected: str) -> dict[str, Any]:
+        """Return what the process says next, or raise RuntimeError with the error that it reports instead."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"its process ended with status {self.process.wait()}"}
         if expected not in answer:
-            raise RuntimeError(f"{self.process.args}: {answer.get('error', answer)}")
+            raise RuntimeError(answer.get("error", str(answer)))
         self.facts["peak_memory_bytes"] = answer["peak_memory_bytes"]
         return answer[expected]
 
@@ -223,14 +224,24 @@ def command(peer: str, args: argparse.Namespace, loads: Sequence[measure.Workloa
 
 
 def measure_peers(args: argparse.Namespace, loads: Sequence[measure.Workload]) -> dict[str, Any]:
-    """Load all peers, measure them in turn on every workload and return everything that was seen."""
+    """Load all peers, measure them in turn on every workload and return everything that was seen.
+
+    A peer that cannot be loaded is left out, with its reason in the result, unless it is the one to compare.
+    """
     cpus = sorted(os.sched_getaffinity(0))[: args.threads]
     torch.set_num_threads(args.threads)
     workers: dict[str, Worker] = {}
+    left_out: dict[str, str] = {}
     try:
         for peer in args.peers:
             print(f"loading {peer}", flush=True)
-            workers[peer] = Worker(command(peer, args, loads), cpus)
+            try:
+                workers[peer] = Worker(command(peer, args, loads), cpus)
+            except RuntimeError as error:
+                if peer == args.peers[0]:  # everything is compared with it
+                    raise
+                left_out[peer] = str(error)
+                print(f"left out {peer}: {error}", flush=True)
         points = [measure_point(args, workers, load) for load in loads]
     finally:
         for worker in workers.values():
@@ -240,6 +251,7 @@ def measure_peers(args: argparse.Namespace, loads: Sequence[measure.Workload]) -
         "options": {key: str(value) for key, value in vars(args).items()},
         "machine": measure.machine(),
         "facts": {peer: worker.facts for peer, worker in workers.items()},
+        "left_out": left_out,
         "points": points,
     }
 
@@ -249,10 +261,10 @@ def measure_point(args: argparse.Namespace, workers: dict[str, Worker], load: me
     fields, config = measure.workload_fields(load), model_config(args.shape)
     work = measure.count_shape(config, torch.bfloat16, weight_bytes=0)
     rounds: dict[str, list[dict[str, float]]] = {peer: [] for peer in workers}
-    peaks = []
+    peaks, peers = [], list(workers)
     for number in range(args.rounds + 1):
-        turn = number % len(args.peers)
-        for peer in args.peers[turn:] + args.peers[:turn]:
+        turn = number % len(peers)
+        for peer in peers[turn:] + peers[:turn]:
             time.sleep(args.pause)
             result = workers[peer].run(**fields)
             if number:  # round 0 warms up

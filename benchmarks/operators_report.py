@@ -85,28 +85,44 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def panels(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Return title -> rows of one panel: a program, quantized linears by layout and way to compute."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for program, measured in rows.items():
+        for row in measured:
+            title = " ".join([program, *(row[field] for field in ("layout", "compute") if field in row)])
+            kept = {field: value for field, value in row.items() if field not in ("layout", "compute")}
+            found.setdefault(title, []).append(kept)
+    return found
+
+
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw percent of the limit against rows (or tokens), a panel per program."""
+    """Draw percent of the limit against rows (or tokens)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    programs = record["rows"]
-    height = 2 + 3.2 * len(programs)
-    figure, axes = pyplot.subplots(len(programs), 1, figsize=(11, height), squeeze=False, constrained_layout=True)
-    for axis, (program, rows) in zip(axes[:, 0], programs.items(), strict=True):
+    shown = panels(record["rows"])
+    lines = -(-len(shown) // 2)
+    figure, axes = pyplot.subplots(lines, 2, figsize=(13, 1 + 3 * lines), squeeze=False, constrained_layout=True)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, (title, rows) in zip(axes.flat, shown.items(), strict=False):
         for i, (label, points) in enumerate(curves(rows).items()):
-            style = {"marker": "osv^Dx"[i % 6], "color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
-            axis.plot(*zip(*sorted(points), strict=True), label=label, markersize=4, **style)
+            axis.plot(
+                *zip(*sorted(points), strict=True), label=label, markersize=4, marker="osv^Dx"[i % 6], color=f"C{i}"
+            )
         axis.set_xscale("log", base=2)
+        ticks = sorted({row[axis_of(row)] for row in rows})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.set_ylim(0, 130)
         axis.axhline(100, color="black", linewidth=0.5)
         axis.set_xlabel(axis_of(rows[0]))
         axis.set_ylabel("percent of the limit")
-        axis.set_title(program, fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.legend(fontsize=7)
     machine = record["machine"]
     figure.suptitle(f"{record['shape']}, {machine['cpu']}, {machine['threads']} threads", fontsize=10)
     figure.savefig(path, dpi=120)

@@ -88,6 +88,7 @@ def heading(record: dict[str, Any], points: list[dict[str, Any]]) -> list[str]:
     return [
         f"{machine['cpu']}, {machine['threads']} threads, tier {machine['isa']}; medians of {rounds} alternating rounds",
         f"measured limits: read {peaks['read'] / 1e9:.1f} GB/s, {limits}",
+        *(f"left out {peer}: {reason}" for peer, reason in record["left_out"].items()),
     ]
 
 

@@ -96,6 +96,7 @@ def plot(record: dict[str, Any], curves: dict[str, dict[str, list[dict[str, Any]
         axes[1][column].set_xlabel("tokens in the cache" if sweep == "decode" else "tokens of the prompt")
         for axis in (axes[0][column], axes[1][column]):
             axis.set_xscale("symlog" if sweep == "decode" else "log", base=2, **_linear_to(sweep))
+            axis.set_xticks(at, [str(tokens) for tokens in at], minor=False)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
         axes[0][column].legend(fontsize=8)

@@ -41,6 +41,7 @@ def record(*points):
         "shape": "some-shape",
         "machine": machine,
         "facts": {"llmrt:int4": facts, "other:one": facts},
+        "left_out": {},
         "points": points,
     }
 
@@ -172,11 +173,15 @@ def test_all_points_are_measured_by_all_peers(load, folder, tmp_path, monkeypatc
     fleet, sweeps = load("fleet.py"), load("sweeps.py")
     script = tmp_path / "peer.py"
     script.write_text(FAKE_PEER.format(folder=str(folder / "workers"), fails=-1))
-    monkeypatch.setattr(fleet, "command", lambda *rest: [sys.executable, str(script)])
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit(3)")
+    scripts = {"linears:int4": broken}
+    monkeypatch.setattr(fleet, "command", lambda peer, *rest: [sys.executable, str(scripts.get(peer, script))])
     monkeypatch.setattr(fleet.measure, "machine_peaks", lambda: {"read": 1e10})
     options = ["--shape", "tiny", "--rounds", "2", "--pause", "0", "--threads", "1"]
-    args = sweeps.parse(["--peers", "llmrt,eager", *options, "--depths", "4", "--lengths", "8"])
+    args = sweeps.parse(["--peers", "llmrt,linears,eager", *options, "--depths", "4", "--lengths", "8"])
     seen = fleet.measure_peers(args, args.workloads)
+    assert seen["left_out"] == {"linears:int4": "its process ended with status 3"}
     assert [p["workload"]["prompt"] for p in seen["points"]] == [1, 8]
     for measured in seen["points"]:
         assert len(measured["peaks"]) == 2 and set(measured["rounds"]) == {"llmrt:int4", "eager:bf16"}
@@ -184,3 +189,6 @@ def test_all_points_are_measured_by_all_peers(load, folder, tmp_path, monkeypatc
             [r["decode_s"] for r in rounds] == [measured["workload"]["prompt"]] * 2
             for rounds in measured["rounds"].values()
         )
+    args.peers = ["linears:int4", "llmrt:int4"]
+    with pytest.raises(RuntimeError, match="status 3"):
+        fleet.measure_peers(args, args.workloads)

@@ -1,43 +1,44 @@
 """The peers' workers and files, and what installs them."""
 
-import json
-import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 
-def test_transformers_workers(folder):
-    loads = [
-        {"prompt": 6, "new": 3, "depth": 4, "batch": 1, "beams": 1},
-        {"prompt": 6, "new": 3, "depth": 4, "batch": 1, "beams": 1},
-        {"prompt": 5, "new": 3, "depth": 0, "batch": 2, "beams": 2},
-    ]
-    lines = "".join(json.dumps(load) + "\n" for load in loads)
-    running = []
-    for kind, variant in (("llmrt", "int4-all"), ("linears", "int8"), ("eager", "fp32")):
-        options = ["--shape=tiny", "--group-size=32", "--threads=1"]
-        command = [sys.executable, str(folder / "workers" / "transformers_model.py"), kind, variant, *options]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        running.append((process, {"eager": "fp32"}.get(kind, "int8")))
-    for process, unit in running:
-        output = process.communicate(lines)[0]
-        ready, *runs = [json.loads(line) for line in output.splitlines()]
-        assert process.returncode == 0 and ready["ready"]["unit"] == unit and ready["ready"]["weight_bytes"] > 0
-        assert len(runs) == 3 and all(r["result"]["first_token_s"] > 0 and r["result"]["decode_s"] > 0 for r in runs)
-
-
-def test_linears_leave_attention_to_transformers(load):
+def started(load, monkeypatch, peer, *options):
+    """Return (facts, function of a run) of a worker of the tiny shape, from the command line that a comparison gives it."""
+    peers, fleet = load("peers.py"), load("fleet.py")
     load("workers/protocol.py")
     worker = load("workers/transformers_model.py")
-    args = worker.argparse.Namespace(kind="linears", variant="int4", shape="tiny", group_size=32)
-    model = worker.optimized(args)
-    layer = model.model.layers[0]
-    assert model.config._attn_implementation == "sdpa"
-    assert not isinstance(layer.mlp.down_proj, torch.nn.Linear)
-    ours = worker.optimized(worker.argparse.Namespace(**{**vars(args), "kind": "llmrt"}))
-    assert ours.config._attn_implementation != "sdpa"
+    args = peers.parse(["--peers", peer, "--shape=tiny", "--group-size=32", "--threads=1", *options])
+    monkeypatch.setattr(sys, "argv", fleet.command(args.peers[0], args, [args.workload])[1:])
+    threads = torch.get_num_threads()
+    try:
+        return worker, *worker.load(worker.parse())
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("peer", "unit"), [("llmrt:int4-all", "int8"), ("linears:int8", "int8"), ("eager:fp32", "fp32")]
+)
+def test_transformers_workers(peer, unit, load, monkeypatch):
+    _, facts, run = started(load, monkeypatch, peer)
+    assert facts["unit"] == unit and facts["weight_bytes"] > 0
+    for depth, batch, beams in ((4, 1, 1), (4, 1, 1), (0, 2, 2)):
+        seen = run(prompt=6, new=3, depth=depth, batch=batch, beams=beams)
+        assert seen["first_token_s"] > 0 and seen["decode_s"] > 0
+
+
+def test_linears_leave_attention_to_transformers(load, monkeypatch):
+    models = {}
+    for kind in ("linears", "llmrt"):
+        worker, _, _ = started(load, monkeypatch, kind)
+        models[kind] = worker.optimized(worker.parse())
+    assert models["linears"].config._attn_implementation == "sdpa" != models["llmrt"].config._attn_implementation
+    assert all(not isinstance(m.model.layers[0].mlp.down_proj, torch.nn.Linear) for m in models.values())
 
 
 def test_torch_int4_linear_reads_its_weight_as_documented(load):
@@ -54,7 +55,6 @@ def test_torch_int4_linear_reads_its_weight_as_documented(load):
 
 
 def test_torchao_missing(load, tmp_path):
-    pytest.importorskip("torch")
     torchao = load("workers/torchao_model.py")
     if "torchao" in sys.modules:
         pytest.skip("torchao is installed here")
@@ -101,18 +101,29 @@ def test_random_blocks_have_the_deviation_of_a_weight(load):
         assert weight.shape == (64, 512) and weight.std() == pytest.approx(512**-0.5, rel=0.05)
 
 
-def test_openvino_graph_gives_the_same_tokens_in_one_piece_and_in_many(load):
+def test_openvino_graph_gives_the_same_logits_in_one_piece_and_in_many(load):
     pytest.importorskip("openvino")
     numpy = pytest.importorskip("numpy")
     fields = load("fleet.py").model_fields("tiny")
     load("workers/protocol.py")
     worker = load("workers/openvino_model.py")
-    compiled = worker.ov.Core().compile_model(worker.Graph(fields, "int4", 32).build(), "CPU")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    compiled = worker.ov.Core().compile_model(worker.Graph(fields, "int4", 32).build(), "CPU", settings)
     requests = worker.Requests(compiled, fields["vocab_size"])
-    for depth in (0, 4):
+    tokens = numpy.random.default_rng(0).integers(0, fields["vocab_size"], (2, 9))
+    requests.rng = drawn = SimpleNamespace(integers=lambda low, high, shape, dtype: drawn.next.pop(0))
+
+    def logits(depth, *pieces):
+        drawn.next = list(pieces)
         requests.start(2, depth)
-        requests.feed(2, depth, depth + 3)
-        assert numpy.isfinite(requests.request.get_output_tensor(0).data).all()
+        requests.feed(2, depth, 9)
+        assert not drawn.next
+        return requests.request.get_output_tensor(0).data.copy()
+
+    whole = logits(0, tokens)
+    assert whole.shape == (2, 1, fields["vocab_size"]) and abs(whole).max() > 0.1
+    for pieces in ((tokens[:, :4], tokens[:, 4:]), (tokens[:, 4:],)):  # the second finds the first four in the cache
+        assert abs(logits(4, *pieces) - whole).max() < 0.01 * abs(whole).max()
 
 
 def test_install_commands(load, capsys, tmp_path):
