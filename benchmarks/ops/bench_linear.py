@@ -8,7 +8,7 @@ Example:
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -28,19 +28,42 @@ def weight(k: int, n: int, layout: Layout) -> torch.Tensor:
     return ops.pack_weight(codes, torch.full(shape, 0.01, dtype=layout.scale_dtype), zeros, str(layout), k)
 
 
+@lru_cache(maxsize=1)
+def weights(k: int, n: int, layout: str) -> list[torch.Tensor]:
+    """Return random packed weights, as many as make a cold cache; each packed, as a plain copy would lie on small pages."""
+    first = weight(k, n, Layout.parse(layout))
+    return [first, *(weight(k, n, Layout.parse(layout)) for _ in range(copies(first.numel()) - 1))]
+
+
+@lru_cache(maxsize=1)
+def dense_weights(k: int, n: int) -> list[torch.Tensor]:
+    """Return random bfloat16 weights, as many as make a cold cache."""
+    return [torch.randn(n, k, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
+
+
 def case(
-    rows: int, k: int, n: int, layout: str, compute: str, dtype: torch.dtype, peaks: Any, seconds: float
+    rows: int,
+    k: int,
+    n: int,
+    layout: str,
+    compute: str,
+    dtype: torch.dtype,
+    peaks: Any,
+    seconds: float,
+    against_torch: bool,
 ) -> dict[str, Any]:
     """Measure one case."""
-    packed = weight(k, n, Layout.parse(layout))
+    packed = weights(k, n, layout)
     x = torch.randn(rows, k).to(dtype)
-    moved = packed.numel() + (x.numel() + rows * n) * x.element_size()
-    calls = [
-        partial(ops.quant_linear, x, packed if i == 0 else packed.clone(), None, None, layout, n, compute)
-        for i in range(copies(packed.numel()))
-    ]
-    name = {"M": rows, "K": k, "N": n, "layout": layout, "compute": compute}
-    return name | against_limits(seconds_per_call(calls, seconds), moved, 2.0 * rows * k * n, peaks, UNITS[compute])
+    moved = packed[0].numel() + (x.numel() + rows * n) * x.element_size()
+    name: dict[str, Any] = {"M": rows, "K": k, "N": n, "layout": layout, "compute": compute}
+    calls = [partial(ops.quant_linear, x, one, None, None, layout, n, compute) for one in packed]
+    ours = seconds_per_call(calls, seconds)
+    name |= against_limits(ours, moved, 2.0 * rows * k * n, peaks, UNITS[compute])
+    if against_torch:
+        calls = [partial(torch.nn.functional.linear, x.bfloat16(), one) for one in dense_weights(k, n)]
+        name["x torch bf16"] = seconds_per_call(calls, seconds) / ours
+    return name
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -54,6 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--layouts", default="int4_sym_g128_bf16,int4_sym_g32_bf16,int8_sym_channel_f32", help="comma separated"
     )
     options.add_argument("--computes", default="int8,bf16", help="comma separated")
+    options.add_argument("--torch", action="store_true", help="also measure torch's bfloat16 linear of the same size")
     return options.parse_args(arguments)
 
 
@@ -62,10 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     peaks, dtype = start(args)
     rows = [
-        case(m, k, n, layout, compute, dtype, peaks, args.seconds)
+        case(m, k, n, layout, compute, dtype, peaks, args.seconds, args.torch)
+        for k, n in args.sizes
         for layout in args.layouts.split(",")
         for compute in args.computes.split(",")
-        for k, n in args.sizes
         for m in args.rows
     ]
     report(rows, peaks, args)
