@@ -79,7 +79,7 @@ void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
   // One row block is bound by memory: each thread reads one long range. Many are bound by arithmetic: small pieces
   // balance.
   parallel_pieces(
-      grid.tasks(), row_blocks == 1 ? 1 : 8, prepared,
+      grid.tasks(), row_blocks == 1 ? 1 : 32, prepared,
       [&](const MultiplyArgs& mine, int64_t t0, int64_t t1) { grid.run(mine, t0, t1, scratch.get(scratch_bytes)); });
 }
 

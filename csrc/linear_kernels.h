@@ -125,14 +125,13 @@ struct Sweep {
       for (int64_t j = 0; j < lines; j++) __builtin_prefetch(next + j * 64, 0, 2);
   }
 
-  void run(int64_t i, TileArgs t) const {
+  void run(int64_t i, bool first, TileArgs t) const {
     const PackedWeight& w = a.weight;
     const int64_t block = a.activations.block, blocks = (row1 - row0 + block - 1) / block;
     const int64_t n = i / w.tiles, k = i % w.tiles;
     const int64_t row_bytes = w.tiles * kTileK * 4 / method.per_dword;
     const uint8_t* tile = tile_of(i);
-    if (method.expand && (!method.ahead || t.codes == nullptr))
-      method.expand(w, tile, 0, w.code_bytes / 64, panel_of(i));
+    if (method.expand && (!method.ahead || first)) method.expand(w, tile, 0, w.code_bytes / 64, panel_of(i));
     t.codes = method.expand ? panel_of(i) : tile;
     t.scales = scales_of(w, tile), t.zeros = zeros_of(w, tile);
     const int64_t rows = (w.code_bytes / 64 + blocks - 1) / blocks, lines = (w.tile_bytes / 64 + blocks - 1) / blocks;
@@ -159,11 +158,8 @@ void multiply_by(const Method& method, const MultiplyArgs& a, int64_t row0, int6
   const Sweep sweep{a, row0, row1, block1 * w.tiles, method, panels, (float*)(panels + kPanelBytes)};
   TileArgs t;
   t.scale_dtype = w.scale, t.asymmetric = w.asymmetric, t.zero = constant_zero(w);
-  t.segments = kTileK / w.segment, t.steps = w.segment / method.per_dword, t.codes = nullptr;
-  for (int64_t i = block0 * w.tiles; i < block1 * w.tiles; i++) {
-    sweep.run(i, t);
-    t.codes = panels;
-  }
+  t.segments = kTileK / w.segment, t.steps = w.segment / method.per_dword;
+  for (int64_t i = block0 * w.tiles; i < block1 * w.tiles; i++) sweep.run(i, i == block0 * w.tiles, t);
 }
 
 void multiply(const MultiplyArgs& a, int64_t row0, int64_t row1, int64_t block0, int64_t block1, void* scratch) {

@@ -98,15 +98,43 @@ __attribute__((noinline)) void tile_bytes(const TileArgs& arguments) {
     }
 }
 
+// Codes as packed nibbles times one row. C stays in registers: the memory sets the pace, and short segments must not.
+template <bool asymmetric>
+__attribute__((noinline)) void tile_nibbles_one(const TileArgs& arguments) {
+  const TileArgs t = arguments;  // local: what the kernel stores cannot change it
+  constexpr int64_t L = F32::lanes;
+  for (int64_t h = 0; h < kHalves; h++) {
+    float* C = t.C + h * kHalfN;
+    F32 y0 = load(C), y1 = load(C + L);
+    const uint8_t *w = t.codes + h * 64, *a = t.a;
+    for (int64_t s = 0; s < t.segments; s++) {
+      I32 c0[1], c1[1], d0 = I32::zero(), d1 = I32::zero();
+      start_segment<1, asymmetric>(t, s, h, c0, c1);
+      for (int64_t k = 0; k < t.steps; k += 8)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++, w += 128, a += 8) {
+          const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes), b = broadcast(a), b4 = broadcast(a + 4);
+          dot<false>(c0[0], low_nibbles(x0), b), dot<false>(c1[0], low_nibbles(x1), b);
+          dot<false>(d0, high_nibbles(x0), b4), dot<false>(d1, high_nibbles(x1), b4);
+        }
+      const int64_t n = s * kTileN + h * kHalfN;
+      const F32 A = F32::set1(t.a_scales[s]);
+      y0 = fma(to_float(c0[0] + d0), load(t.scales, t.scale_dtype, n) * A, y0);
+      y1 = fma(to_float(c1[0] + d1), load(t.scales, t.scale_dtype, n + L) * A, y1);
+    }
+    store(C, y0), store(C + L, y1);
+  }
+}
+
 // Codes as packed nibbles, split in registers: for one row block there is no panel to share.
 template <int R, bool asymmetric>
 __attribute__((noinline)) void tile_nibbles(const TileArgs& arguments) {
+  if (R == 1) return tile_nibbles_one<asymmetric>(arguments);
   const TileArgs t = arguments;  // local: what the kernel stores cannot change it
   for (int64_t h = 0; h < kHalves; h++)
     for (int64_t s = 0; s < t.segments; s++) {
-      I32 c0[R], c1[R], d0[R], d1[R];  // d: a second chain, only where R = 1 leaves too few
+      I32 c0[R], c1[R];
       start_segment<R, asymmetric>(t, s, h, c0, c1);
-      if (R == 1) d0[0] = d1[0] = I32::zero();
       const uint8_t *w = t.codes + s * t.steps * 64 + h * 64, *a = t.a + s * t.steps * 4 * R;
       for (int64_t k = 2; k < t.steps; k += 2, w += 128, a += 8 * R) {
         const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes);
@@ -120,14 +148,13 @@ __attribute__((noinline)) void tile_nibbles(const TileArgs& arguments) {
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
           const I32 b = broadcast(a + 4 * (R + r));
-          dot<false>(R == 1 ? d0[r] : c0[r], high0, b), dot<false>(R == 1 ? d1[r] : c1[r], high1, b);
+          dot<false>(c0[r], high0, b), dot<false>(c1[r], high1, b);
         }
       }
       const SegmentSums sums(t, s, h, R);
       const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes);
       if (ahead_of(R)) prefetch(w + ahead_of(R)), prefetch(w + ahead_of(R) + 64);
       const I32 low0 = low_nibbles(x0), low1 = low_nibbles(x1), high0 = high_nibbles(x0), high1 = high_nibbles(x1);
-      if (R == 1) c0[0] = c0[0] + d0[0], c1[0] = c1[0] + d1[0];
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         I32 b = broadcast(a + 4 * r);

@@ -54,11 +54,9 @@ def case(
     """Measure one case, in turn with torch's own."""
     packed = weight(k, n, Layout.parse(layout))
     x = torch.randn(rows, k).to(dtype)
+    weights = [packed, *(weight(k, n, Layout.parse(layout)) for _ in range(copies(packed.numel()) - 1))]  # large pages
     moved = packed.numel() + (x.numel() + rows * n) * x.element_size()
-    calls = [
-        partial(ops.quant_linear, x, packed if i == 0 else packed.clone(), None, None, layout, n, compute)
-        for i in range(copies(packed.numel()))
-    ]
+    calls = [partial(ops.quant_linear, x, one, None, None, layout, n, compute) for one in weights]
     rivals = {name: rival(name, rows, k, n, Layout.parse(layout)) for name in args.rivals.split(",") if name}
     running = {name: theirs for name, theirs in rivals.items() if theirs is not None}
     ours, *theirs = alternate([calls, *running.values()], args.seconds)
