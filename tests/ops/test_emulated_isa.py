@@ -8,7 +8,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import START
 from test_operators import DTYPES, compare_with_double
 
 from llmrt import _C, ops
@@ -17,6 +16,7 @@ from llmrt.ops.operator import Sample
 
 ROOT = Path(__file__).parents[2]
 EMULATED = ("avx_vnni", "amx")
+START = _C.cpu_isa()
 pytestmark = pytest.mark.skipif(START == "reference", reason="no kernels on this CPU, or LLMRT_CPU_ISA=reference")
 
 
