@@ -10,7 +10,7 @@ from torch import nn
 
 from . import attention, trial
 from .cache_setup import CacheSetup
-from .dense import DenseLinear, use_huge_pages
+from .dense import DenseLinear, converted, use_huge_pages
 from .deployment import Deployment
 from .greedy import Generate
 from .linear import LinearGroup, QuantLinear, SiblingLinear
@@ -201,11 +201,11 @@ class Converter:
                     continue
                 if not self.keep:  # one at a time: the old values are freed
                     self.freed.append(name)
-                    old.data = old.data.to(self.dtype)
+                    old.data = converted(old.data, self.dtype)
                     self.pages.release()
                     continue
                 if id(old) not in done:  # tied parameters stay tied
-                    done[id(old)] = nn.Parameter(old.detach().to(self.dtype), old.requires_grad)
+                    done[id(old)] = nn.Parameter(converted(old.detach(), self.dtype), old.requires_grad)
                 module._parameters[name] = done[id(old)]
         for part in (self.model.config, self.model.config.get_text_config(decoder=True)):
             old = part.dtype

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llmrt import llm
-from llmrt.llm.dense import DenseLinear, use_huge_pages
+from llmrt.llm.dense import DenseLinear, converted, use_huge_pages
 
 MODULES = {"deployment_mode": False}
 
@@ -134,3 +134,6 @@ def test_huge_pages_change_no_value(elements: int) -> None:
     weight = torch.arange(elements, dtype=torch.float32)
     use_huge_pages([weight, weight[1:], weight[::2], weight.to("meta")])
     assert torch.equal(weight, torch.arange(elements, dtype=torch.float32))
+    for part in (weight, weight[1::2]):
+        copied = converted(part, torch.bfloat16)
+        assert torch.equal(copied, part.bfloat16()) and copied.is_contiguous()
