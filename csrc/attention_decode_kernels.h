@@ -1,7 +1,7 @@
 // Attention of a few query rows: dot products straight over the rows of the cache, each key and value read once from
 // memory for all query heads, query tokens and beams that use it.
 #pragma once
-#include "attention_block_kernels.h"
+#include "attention_int8_kernels.h"
 
 namespace llmrt {
 namespace {
@@ -9,33 +9,6 @@ namespace {
 constexpr int64_t kDecodeTokens = 64;  // one maximum per block; its scores and weights stay in the first cache level
 constexpr int kDecodeRows = 8;         // most query rows that share one pass over a key
 constexpr int kDecodeAccumulators = F32::lanes == 16 ? 16 : 8;  // half of the vector registers
-
-// Lane i of the result is the sum of v[i].
-#if defined(__AVX512F__)
-inline F32 lane_sums(const F32 (&v)[16]) {
-  __m512 w[4];
-  for (int i = 0; i < 4; i++) {
-    const __m512* p = &v[4 * i].v;
-    const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(p[0], p[1]), _mm512_unpackhi_ps(p[0], p[1]));
-    const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(p[2], p[3]), _mm512_unpackhi_ps(p[2], p[3]));
-    w[i] = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
-  }
-  const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
-  const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(w[2], w[3], 0x88), _mm512_shuffle_f32x4(w[2], w[3], 0xdd));
-  return {_mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd))};
-}
-#else
-inline F32 lane_sums(const F32 (&v)[8]) {
-  __m256 w[2];
-  for (int i = 0; i < 2; i++) {
-    const __m256* p = &v[4 * i].v;
-    const __m256 x = _mm256_add_ps(_mm256_unpacklo_ps(p[0], p[1]), _mm256_unpackhi_ps(p[0], p[1]));
-    const __m256 y = _mm256_add_ps(_mm256_unpacklo_ps(p[2], p[3]), _mm256_unpackhi_ps(p[2], p[3]));
-    w[i] = _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xee));
-  }
-  return {_mm256_add_ps(_mm256_permute2f128_ps(w[0], w[1], 0x20), _mm256_permute2f128_ps(w[0], w[1], 0x31))};
-}
-#endif
 
 // How keys of one type are multiplied with queries: a vector of each, and the products added to float32 sums.
 template <class Key>
@@ -48,6 +21,13 @@ struct WideningDot {
 };
 template <class Key>
 struct DecodeDot : WideningDot<Key> {};
+#if defined(__AVX512VNNI__)
+template <class Key>
+constexpr bool kIntegers = false;
+template <>
+constexpr bool kIntegers<i8> = true;
+inline bool in_integers(const AttentionArgs& a) { return a.dtype != DType::f32; }  // as fine as the other dtypes
+#endif
 #if defined(__AVX512BF16__)
 template <>
 struct DecodeDot<bf16> {
@@ -60,12 +40,6 @@ struct DecodeDot<bf16> {
   }
 };
 #endif
-
-// Into the second cache level: a block of long rows would push itself out of the first (measured: 13 to 20 GB/s a
-// core).
-inline void prefetch_row(const char* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
-}
 
 // Dot products of R query rows (zero-padded to Dot::width) and `count` keys, to x[r * kDecodeTokens + j]. The keys are
 // taken lanes / R at a time, so that one register of sums comes out. Prefetches the values.
@@ -196,7 +170,7 @@ inline void add_values(const AttentionArgs& a, const typename DecodeSum<Key>::We
 }
 
 struct DecodeScratch {
-  char* query;  // [n + 1, query_ld] float or bf16, zero-padded; row n is zero
+  char* query;  // [n + 1, query_ld] float or bf16, zero-padded, or DigitRow; row n is zero
   int64_t query_ld;
   QueryRow* rows;    // [n]
   RowStates state;   // [n], unless the task brings its own
@@ -208,7 +182,7 @@ struct DecodeScratch {
   int64_t bytes;
   DecodeScratch(const AttentionArgs& a, int64_t n, char* base) {
     Pieces pieces{base};
-    query_ld = round_up(a.D, 32);
+    query_ld = round_up(a.D, 64);
     query = pieces.take<char>((n + 1) * query_ld * 4);
     rows = pieces.take<QueryRow>(n);
     state = row_states(pieces, n, state_ld(a));
@@ -240,6 +214,15 @@ inline void decode_rows(const AttentionArgs& a, const DecodeScratch& scratch, in
   alignas(64) float x[R * kDecodeTokens];
   alignas(64) typename Sum::Weight weights[R * kDecodeTokens];
   memset(weights + real * kDecodeTokens, 0, (R - real) * kDecodeTokens * sizeof(weights[0]));
+#if defined(__AVX512VNNI__)
+  if constexpr (kIntegers<Key>) {
+    if (in_integers(a)) {
+      int8_products<R>(a, (const char* const*)query, at, count, x, kDecodeTokens);
+      softmax_step(a, rows, real, t0, count, scales_from(a, at, 0), x, kDecodeTokens, highest, total, factor, weights);
+      return int8_weighted_sum<R>(a, weights, kDecodeTokens, at, count, kDecodeTokens * a.key_t, factor, out);
+    }
+  }
+#endif
   dot_products<R, Key>(a, query, at, count, x);
   softmax_step(a, rows, real, t0, count, scales_from(a, at, 0), x, kDecodeTokens, highest, total, factor, weights);
   constexpr int most = kDecodeAccumulators / R / Sum::vectors, U = most < 8 / Sum::vectors ? most : 8 / Sum::vectors;
@@ -317,6 +300,14 @@ inline void decode_typed(const AttentionArgs& a, const AttentionTask& t, char* b
   for (int64_t i = 0; i < n; i++) {
     scratch.rows[i] = query_row(a, t, t.row0 + i);
     const char* from = query_of(a, scratch.rows[i]);
+#if defined(__AVX512VNNI__)
+    if constexpr (kIntegers<Key>) {
+      if (in_integers(a)) {
+        split_query(from, a.dtype, a.D, DigitRow((char*)(query + i * scratch.query_ld), a.D));
+        continue;
+      }
+    }
+#endif
     for (int64_t d = 0; d < a.D; d += F32::lanes) {
       const int64_t count = smaller(F32::lanes, a.D - d);
       store(query + i * scratch.query_ld + d, load(from, a.dtype, d, count), count);
