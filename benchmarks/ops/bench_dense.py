@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -39,12 +39,18 @@ PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
+@lru_cache(maxsize=1)
+def weights(k: int, n: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+    """Return copies of a random weight, each with its halves, more than a cache holds."""
+    drawn = torch.empty(n, k, dtype=dtype).normal_()
+    return [(one, *one.chunk(2)) for one in (drawn.clone() for _ in range(copies(n * k * dtype.itemsize)))]
+
+
 def case(name: str, m: int, k: int, n: int, dtype: torch.dtype, peaks: Any, seconds: float) -> dict[str, Any]:
     """Measure one operator against torch."""
     size = n * k * dtype.itemsize
     x = torch.randn(m, k).to(dtype)
-    weights = [torch.empty(n, k, dtype=dtype).normal_() for _ in range(copies(size))]
-    parts = [(weight, *weight.chunk(2)) for weight in weights]
+    parts = weights(k, n, dtype)
     ours, theirs = alternate([[partial(call, x, *part) for part in parts] for call in PAIRS[name]], seconds)
     moved = size + (m * k + m * n) * dtype.itemsize
     row = {"op": name, "M": m, "K": k, "N": n} | against_limits(ours, moved, 2.0 * m * k * n, peaks, UNITS[dtype])
@@ -64,8 +70,8 @@ def measure(args: argparse.Namespace, peaks: Any, dtype: torch.dtype) -> list[di
     """Measure all cases."""
     return [
         case(name, m, k, n, dtype, peaks, args.seconds)
-        for name in args.operators.split(",")
         for k, n in args.sizes
+        for name in args.operators.split(",")
         for m in args.rows
     ]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,12 +23,28 @@ from llmrt.ops.formats import Layout
 UNITS = {"int8": "int8", "bf16": "bf16", "fp16": "fp32", "fp32": "fp32"}
 
 
-def weight(k: int, n: int, layout: Layout) -> torch.Tensor:
-    """Return a random packed weight."""
-    codes = torch.randint(256, (n, -(-k * layout.format.bits // 8)), dtype=torch.uint8)
-    shape = (n, layout.geometry(k).groups)
-    zeros = torch.full(shape, layout.format.zero, dtype=torch.uint8) if layout.asymmetric else None
-    return ops.pack_weight(codes, torch.full(shape, 0.01, dtype=layout.scale_dtype), zeros, str(layout), k)
+@lru_cache(maxsize=1)
+def packed_weights(k: int, n: int, layout: str) -> list[torch.Tensor]:
+    """Return copies of a random packed weight, more than a cache holds."""
+    form = Layout.parse(layout)
+    codes = torch.randint(256, (n, -(-k * form.format.bits // 8)), dtype=torch.uint8)
+    shape = (n, form.geometry(k).groups)
+    zeros = torch.full(shape, form.format.zero, dtype=torch.uint8) if form.asymmetric else None
+    packed = ops.pack_weight(codes, torch.full(shape, 0.01, dtype=form.scale_dtype), zeros, layout, k)
+    return [packed, *(packed.clone() for _ in range(copies(packed.numel()) - 1))]
+
+
+@lru_cache(maxsize=1)
+def bf16_weights(k: int, n: int) -> list[torch.Tensor]:
+    """Return copies of a random weight for torch's linear."""
+    drawn = torch.empty(n, k, dtype=torch.bfloat16).normal_()
+    return [drawn, *(drawn.clone() for _ in range(copies(2 * n * k) - 1))]
+
+
+@lru_cache(maxsize=1)
+def int4pack_weights(k: int, n: int) -> list[torch.Tensor]:
+    """Return random weights in the form of `torch._weight_int4pack_mm_for_cpu`: whatever the order, codes are some weight."""
+    return [torch.randint(256, (n, k // 2), dtype=torch.uint8) for _ in range(copies(n * k / 2))]
 
 
 def rival(name: str, rows: int, k: int, n: int, layout: Layout) -> list[Callable[[], Any]] | None:
@@ -38,25 +54,22 @@ def rival(name: str, rows: int, k: int, n: int, layout: Layout) -> list[Callable
     """
     x = torch.randn(rows, k, dtype=torch.bfloat16)
     if name == "bf16":
-        weights = [torch.empty(n, k, dtype=torch.bfloat16).normal_() for _ in range(copies(2 * n * k))]
-        return [partial(linear, x, weight) for weight in weights]
+        return [partial(linear, x, weight) for weight in bf16_weights(k, n)]
     group = layout.group_size
     if layout.format.bits != 4 or group not in (32, 64, 128) or n % 16 or k % group:
         return None
     scales = torch.full((k // group, n, 2), 0.01, dtype=torch.bfloat16)
-    packed = [torch.randint(256, (n, k // 2), dtype=torch.uint8) for _ in range(copies(n * k / 2))]
-    return [partial(torch._weight_int4pack_mm_for_cpu, x, weight, group, scales) for weight in packed]
+    return [partial(torch._weight_int4pack_mm_for_cpu, x, weight, group, scales) for weight in int4pack_weights(k, n)]
 
 
 def case(
     rows: int, k: int, n: int, layout: str, compute: str, dtype: torch.dtype, peaks: Any, args: Any
 ) -> dict[str, Any]:
     """Measure one case, in turn with torch's own."""
-    packed = weight(k, n, Layout.parse(layout))
+    weights = packed_weights(k, n, layout)
     x = torch.randn(rows, k).to(dtype)
-    weights = [packed, *(weight(k, n, Layout.parse(layout)) for _ in range(copies(packed.numel()) - 1))]  # large pages
-    moved = packed.numel() + (x.numel() + rows * n) * x.element_size()
-    calls = [partial(ops.quant_linear, x, one, None, None, layout, n, compute) for one in weights]
+    moved = weights[0].numel() + (x.numel() + rows * n) * x.element_size()
+    calls = [partial(ops.quant_linear, x, packed, None, None, layout, n, compute) for packed in weights]
     rivals = {name: rival(name, rows, k, n, Layout.parse(layout)) for name in args.rivals.split(",") if name}
     running = {name: theirs for name, theirs in rivals.items() if theirs is not None}
     ours, *theirs = alternate([calls, *running.values()], args.seconds)
@@ -84,9 +97,9 @@ def measure(args: argparse.Namespace, peaks: Any, dtype: torch.dtype) -> list[di
     """Measure all cases."""
     return [
         case(m, k, n, layout, compute, dtype, peaks, args)
+        for k, n in args.sizes
         for layout in args.layouts.split(",")
         for compute in args.computes.split(",")
-        for k, n in args.sizes
         for m in args.rows
     ]
 
