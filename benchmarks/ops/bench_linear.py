@@ -25,13 +25,15 @@ UNITS = {"int8": "int8", "bf16": "bf16", "fp16": "fp32", "fp32": "fp32"}
 
 @lru_cache(maxsize=1)
 def packed_weights(k: int, n: int, layout: str) -> list[torch.Tensor]:
-    """Return copies of a random packed weight, more than a cache holds."""
+    """Return a random packed weight several times, more than a cache holds."""
     form = Layout.parse(layout)
     codes = torch.randint(256, (n, -(-k * form.format.bits // 8)), dtype=torch.uint8)
     shape = (n, form.geometry(k).groups)
     zeros = torch.full(shape, form.format.zero, dtype=torch.uint8) if form.asymmetric else None
-    packed = ops.pack_weight(codes, torch.full(shape, 0.01, dtype=form.scale_dtype), zeros, layout, k)
-    return [packed, *(packed.clone() for _ in range(copies(packed.numel()) - 1))]
+    scales = torch.full(shape, 0.01, dtype=form.scale_dtype)
+    first = ops.pack_weight(codes, scales, zeros, layout, k)
+    more = range(copies(first.numel()) - 1)  # packed, too: a plain copy would not lie on large pages
+    return [first, *(ops.pack_weight(codes, scales, zeros, layout, k) for _ in more)]
 
 
 @lru_cache(maxsize=1)
