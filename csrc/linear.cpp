@@ -10,7 +10,7 @@ namespace llmrt {
 namespace {
 
 constexpr int64_t kChunkBytes =
-    384 << 10;                       // of prepared activations that a thread sweeps per weight panel: part of a 1 MB L2
+    768 << 10;                       // of prepared activations that a thread sweeps per weight panel: most of a 1 MB L2
 constexpr int64_t kChunkRows = 144;  // their float accumulators, 128 bytes a row, stay in a 32 KB L1
 constexpr int64_t kAloneBytes =
     32 << 10;  // activations so small that each thread prepares them for itself, without a barrier
