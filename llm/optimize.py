@@ -53,7 +53,7 @@ def optimize(
             weight. Should memory run out in the middle of that, the model is marked unusable and an error says so.
         device: "cpu" or "xpu".
         quantization_config: a `WeightOnlyQuantConfig`, or None for floating point. Weights that stay floating point move to pages of
-            2 MB where the system has them (about 2 s per GB, unless `dtype` copies them anyway).
+            2 MB where the system has them (0.3 to 2 s per GB, unless `dtype` copies them anyway).
         qconfig_summary_file: for static INT8, not here yet.
         low_precision_checkpoint: not here yet.
         sample_inputs: not read: graphs are captured from the first calls.
