@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import ops
-from . import attention, cache_memory
+from . import attention, huge_pages
 
 _kv_append = ops.kv_append.overload
 #: Tokens that a layer reserves at first when it is not told how many will come; buffers double from there.
@@ -151,7 +151,7 @@ class KVLayer(CacheLayerMixin):
         capacity = max(tokens, min(capacity, max(LARGEST_FIRST_CAPACITY, tokens + FIRST_CAPACITY)), 1)
         stored = self.kv_dtype or self.dtype
         self.key_cache, self.value_cache = (
-            cache_memory.empty((batch, heads, capacity, ops.stored_width(width, stored)), stored, self.device)
+            huge_pages.empty((batch, heads, capacity, ops.stored_width(width, stored)), stored, self.device)
             for width in (dim, value_dim)
         )
         self.batch = batch
@@ -229,7 +229,7 @@ class KVLayer(CacheLayerMixin):
         capacity = max(tokens, 2 * self.key_cache.shape[2])
         for name in ("key_cache", "value_cache"):
             old = getattr(self, name)
-            new = cache_memory.empty((*old.shape[:2], capacity, old.shape[3]), old.dtype, old.device)
+            new = huge_pages.empty((*old.shape[:2], capacity, old.shape[3]), old.dtype, old.device)
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
 
@@ -310,7 +310,7 @@ class KVLayer(CacheLayerMixin):
         if batch > self.key_cache.shape[0]:
             for name in ("key_cache", "value_cache"):
                 old = getattr(self, name)
-                new = cache_memory.empty((batch, *old.shape[1:]), old.dtype, old.device)
+                new = huge_pages.empty((batch, *old.shape[1:]), old.dtype, old.device)
                 new[: old.shape[0], :, : self.length] = old[:, :, : self.length]
                 setattr(self, name, new)
         self.batch = batch

@@ -10,9 +10,10 @@ from torch import nn
 
 from . import attention, trial
 from .cache_setup import CacheSetup
-from .dense import DenseLinear, converted, use_huge_pages
+from .dense import DenseLinear
 from .deployment import Deployment
 from .greedy import Generate
+from .huge_pages import converted, move_to_huge_pages
 from .linear import LinearGroup, QuantLinear, SiblingLinear
 from .memory import FilePages, return_free_memory
 from .mlp import GatedMLP, QuantGatedMLP
@@ -58,7 +59,7 @@ class Converter:
             self._quantize([s for s in self.plan.steps if s.schemes])
             self._untie()
             self._dtype()
-            use_huge_pages(m.weight for m in self.model.modules() if isinstance(m, DenseLinear))
+            move_to_huge_pages(m.weight for m in self.model.modules() if isinstance(m, DenseLinear))
             self._attention()
             self._deployment()
         except BaseException as error:

@@ -10,16 +10,9 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
+from .huge_pages import madvise
+
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...(.) \S+ \S+ (\d+)")
-
-
-def _libc() -> ctypes.CDLL | None:
-    try:
-        library = ctypes.CDLL(None)
-        library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    except (OSError, AttributeError):
-        return None
-    return library
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
@@ -55,10 +48,9 @@ class FilePages:
     def __init__(self, model: nn.Module) -> None:
         """Look up the mappings."""
         addresses = sorted(t.data_ptr() for t in tensors_of(model) if t.device.type == "cpu")
-        self._libc = _libc()
         self._spans = [
             (start, end)
-            for start, end in (_unwritten_mappings() if self._libc is not None else ())
+            for start, end in (_unwritten_mappings() if madvise() is not None else ())
             if bisect_left(addresses, start) < bisect_left(addresses, end)
         ]
 
@@ -76,8 +68,8 @@ class FilePages:
                 self._advise(page, first + tensor.nbytes, mmap.MADV_WILLNEED)
 
     def _advise(self, start: int, end: int, advice: int) -> None:
-        if self._libc is not None:
-            self._libc.madvise(start, end - start, advice)  # advice: a refusal changes nothing
+        if (call := madvise()) is not None:
+            call(start, end - start, advice)  # a refusal changes nothing
 
 
 def _unwritten_mappings() -> Iterator[tuple[int, int]]:

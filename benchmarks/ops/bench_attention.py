@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmrt import ops
-from llmrt.llm.cache_memory import empty
+from llmrt.llm.huge_pages import empty
 
 
 def pairs(text: str) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llmrt import llm
-from llmrt.llm.dense import DenseLinear, converted, use_huge_pages
+from llmrt.llm.dense import DenseLinear
 
 MODULES = {"deployment_mode": False}
 
@@ -127,13 +127,3 @@ def test_a_class_of_its_own_stays() -> None:
     fast = llm.optimize(model, strict=True)
     assert type(fast.lm_head) is Own
     assert "Own is a class of its own" in str({e.name: e.reason for e in fast.optimization_report.kept}["lm_head"])
-
-
-@pytest.mark.parametrize("elements", [0, 5, 3 << 20])
-def test_huge_pages_change_no_value(elements: int) -> None:
-    weight = torch.arange(elements, dtype=torch.float32)
-    use_huge_pages([weight, weight[1:], weight[::2], weight.to("meta")])
-    assert torch.equal(weight, torch.arange(elements, dtype=torch.float32))
-    for part in (weight, weight[1::2]):
-        copied = converted(part, torch.bfloat16)
-        assert torch.equal(copied, part.bfloat16()) and copied.is_contiguous()
