@@ -57,13 +57,17 @@ def test_floating_point_models_write_their_caches(kind: str) -> None:
     expected, actual = cached.caches(2, 9), cached.caches(2, 9)
     assert expected[0][0].dtype == getattr(torch, kind)
     ids, mask = batch["input_ids"], batch["attention_mask"]
+    near = (
+        {"rtol": 1e-4, "atol": 1e-4} if kind == "float32" else {"rtol": 0.05, "atol": 0.1}
+    )  # torch's linears are exported
     for i in range(3):
         args = (ids[:, -1:] if i else ids, torch.cat([mask, mask.new_ones(2, i)], 1))
         logits = run(*args, *actual)
-        assert torch.equal(logits, cached(*args, *expected)) and logits.shape[1] == 1
+        torch.testing.assert_close(logits, cached(*args, *expected), **near)
+        assert logits.shape[1] == 1
         ids = torch.cat([ids, logits.argmax(-1)], 1)
     for got, wanted in zip((*actual[0], *actual[1]), (*expected[0], *expected[1]), strict=True):
-        assert torch.equal(got[1, :, 3:], wanted[1, :, 3:])  # behind the padding
+        torch.testing.assert_close(got[1, :, 3:], wanted[1, :, 3:], **near)  # behind the padding
 
 
 def test_a_cache_that_is_full_says_so() -> None:
