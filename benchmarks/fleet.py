@@ -21,6 +21,7 @@ from transformers import AutoConfig, PretrainedConfig  # noqa: E402
 
 from llmrt.llm import measure  # noqa: E402
 from llmrt.llm.demo import demo_model_path  # noqa: E402
+from llmrt.llm.families.shapes import FIELDS as SHAPE_FIELDS  # noqa: E402
 from llmrt.llm.families.shapes import SHAPES, shape_config, shape_names  # noqa: E402
 
 #: Kind of peer -> its variants; a kind without one is its first.
@@ -39,18 +40,7 @@ PEERS_DIR = Path.home() / ".cache" / "llmrt-peers"
 #: The packaged demo model, by the name that `llmrt bench` has for it.
 DEMO = "demo"
 #: What the workers that know no transformers need of a config.
-FIELDS = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-)
+FIELDS = ("model_type", *SHAPE_FIELDS, "rms_norm_eps", "tie_word_embeddings")
 
 
 def peer_names(text: str) -> list[str]:

@@ -117,7 +117,10 @@ class GreedySearch:
     def _is_plain(model: Any, logits_processor: Any, config: Any, kwargs: dict[str, Any]) -> bool:
         """Return whether only tokens, and maybe the cache, are asked for, from a model that runs as graphs."""
         details = config.output_scores, config.output_logits, config.output_attentions, config.output_hidden_states
-        hooks = model._forward_hooks, model._forward_pre_hooks, torch_module._global_forward_hooks
+        hooks = (
+            model._forward_hooks, model._forward_pre_hooks,
+            torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
+        )  # fmt: skip
         return (
             config.get_generation_mode() is GenerationMode.GREEDY_SEARCH
             and not len(logits_processor)
@@ -126,7 +129,6 @@ class GreedySearch:
             and kwargs.get("use_cache") is True
             and type(model.__dict__.get("forward")) is Deployment
             and not any(hooks)
-            and not torch_module._global_forward_pre_hooks
             and model._compiled_call_impl is None
         )
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-_FIELDS = (
+#: What a row says in this order.
+FIELDS = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -21,8 +22,8 @@ _FIELDS = (
 
 
 def _row(model_type: str, *sizes: int, **more: Any) -> dict[str, Any]:
-    """Return a row; sizes in the order of _FIELDS."""
-    return {"model_type": model_type, **dict(zip(_FIELDS, sizes, strict=True)), **more}
+    """Return a row; sizes in the order of FIELDS."""
+    return {"model_type": model_type, **dict(zip(FIELDS, sizes, strict=True)), **more}
 
 
 def _llama3(factor: float, tied: bool) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -52,12 +51,6 @@ class Both:
         for cache in (self.ours, self.theirs):
             getattr(cache, method)(*args)
         self.check()
-
-
-@pytest.fixture(autouse=True)
-def fixed_numbers() -> Iterator[None]:
-    torch.manual_seed(0)
-    yield
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -15,11 +15,6 @@ from llmrt.ops import attention
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def expected(query: Tensor, key: Tensor, value: Tensor, length: int, scale: float, **options: Any) -> Tensor:
     """Return the reference in float64."""
     double = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}

@@ -1,6 +1,6 @@
 """index_copy_ of keys and values becomes one kv_append, its counter included, only where nobody sees the difference."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,11 +18,7 @@ aten = torch.ops.aten
 Call = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def inputs(tokens: int = 4, dtype: torch.dtype = torch.float32, rows: int = B, capacity: int = C) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Dequantize + matmul: every way of packing fires exactly once, equals the exact product, and follows its parameters."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,13 +32,7 @@ WAYS: dict[str, Callable[[torch.dtype], Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "without_gradients")
 
 
 def graph_of(module: Callable[[Tensor], Any], x: Tensor) -> torch.fx.GraphModule:

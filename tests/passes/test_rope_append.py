@@ -1,6 +1,6 @@
 """rope and the kv_append of its key become one call, with every option of both; not where the rotated key is seen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,11 +18,7 @@ B, S, H, Hk, D, Dv, C = 2, 4, 4, 2, 8, 6, 12
 Call = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def inputs(tokens: int = S, dtype: torch.dtype = torch.float32, rows: int = B) -> list[Tensor]:

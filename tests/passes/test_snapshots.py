@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from expecttest import assert_expected_inline
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -59,11 +58,6 @@ def decode_graph(model: Any) -> str:
     lines = text(graphs[-1]).splitlines()
     start = next(i for i, line in enumerate(lines) if "_norm(" in line)
     return "\n".join(lines[start:]) + "\n"
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 def test_llama_layer() -> None:

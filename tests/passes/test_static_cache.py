@@ -1,6 +1,5 @@
 """A whole model on transformers' StaticCache: its cache updates and counters are part of one operator per layer."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,13 +15,7 @@ from llmrt.passes.retrace import retrace
 LAYERS = 3
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "without_gradients")
 
 
 class Spy:
