@@ -1,7 +1,6 @@
 """Options of the compile backend: what runs the graph, which rewrites, reports, failing rewrites, caching."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +12,7 @@ from torch.nn import functional
 import llmrt.passes.backend as backend_module
 from llmrt.passes import REWRITES, RewriteError, RewriteReport, llmrt_backend
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Block(nn.Module):
