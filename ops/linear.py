@@ -336,6 +336,10 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
         layout = LAYOUTS[(3 * i) % len(LAYOUTS)]
         yield _linear_sample((1 + 5 * i,), 40 + i, 160, layout, dtype, "int8", epilogue, bool(i % 2))
         yield _linear_sample((3,), 24 + i, 64, layout, dtype, "fp16", epilogue, bool(i % 3))
+    floats = [layout for layout in LAYOUTS if layout.format.dtype is not None]
+    for i, epilogue in enumerate(EPILOGUES):
+        layout, compute = floats[(3 * i) % len(floats)], ("bf16", "fp16")[i % 2]
+        yield _linear_sample((1 + 4 * i,), 40 + i, 160, layout, dtype, compute, epilogue, bool(i % 3))
     for m in (*range(1, 13), 25, 150, 0):
         yield _linear_sample((m,), 48, 256, LAYOUTS[(0, 2, 8, 12)[m % 4]], dtype, "int8", "none", False)
     strided = _linear_sample((4,), 32, 160, LAYOUTS[2], dtype, "int8", "none", False)
