@@ -329,7 +329,7 @@ def _linear_sample(
 def _(dtype: torch.dtype) -> Iterator[Sample]:
     shapes = (((1,), 33, 256), ((2, 3), 64, 300), ((13,), 7, 131), ((1, 40), 96, 128))
     for i, layout in enumerate(LAYOUTS):
-        for j, compute in enumerate(c for c in layout.format.computes if c != "fp16"):
+        for j, compute in enumerate(layout.format.computes):
             m, n, k = shapes[(i + j) % len(shapes)]
             yield _linear_sample(m, n, k, layout, dtype, compute, "none", bool((i + j) % 2))
     for i, epilogue in enumerate(EPILOGUES):
