@@ -1,7 +1,10 @@
 // Entry point of quant_linear: see ops/linear.py for what it means.
 #include "linear.h"
 
+#include <string.h>
+
 #include <algorithm>
+#include <cmath>
 
 #include "layout.h"
 #include "scratch.h"
@@ -18,11 +21,35 @@ constexpr int64_t kAloneBytes =
 constexpr const char* kEpilogues[] = {"none", "relu", "silu",     "gelu",     "gelu_tanh",
                                       "add",  "mul",  "silu_mul", "gelu_mul", "gelu_tanh_mul"};
 
-Compute parse_compute(const std::string& text) {
+Compute parse_compute(const std::string& text, const Format& format) {
+  STD_TORCH_CHECK(text != "int8" || !is_float8(format.coding), "compute is 'int8' for ", format.name,
+                  "; valid: bf16, fp16, fp32");
   if (text == "int8") return Compute::int8;
   if (text == "bf16") return Compute::bf16;
   STD_TORCH_CHECK(text == "fp32" || text == "fp16", "compute is '", text, "'; valid: int8, bf16, fp16, fp32");
   return Compute::f32;
+}
+
+float round_to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+// What the kernels multiply for a code: see Format.values of ops/formats.py.
+void set_values(PackedWeight& w, const Layout& l, Compute compute) {
+  const Format& f = *l.format;
+  const bool book = f.coding == Coding::book;
+  w.bits = l.bits, w.asymmetric = l.asymmetric, w.scale = l.scale, w.coding = f.coding;
+  w.zero = book ? 128 : l.zero, w.unit = book ? 1.f / (float)f.digits : 1.f;
+  for (int i = 0; i < 16; i++) {
+    w.book[i] = !book                      ? (float)(i - (l.asymmetric ? 0 : l.zero))
+                : compute == Compute::bf16 ? round_to_bf16(f.book[i])
+                                           : f.book[i];
+    w.digits[i] = (uint8_t)(128 + std::lrint(f.book[i] * (float)f.digits));
+  }
 }
 
 struct Sizes {
@@ -89,7 +116,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
                     const std::string& epilogue) {
   const Layout l = parse_layout(layout);
   MultiplyArgs a{};
-  a.epilogue = (Epilogue)one_of(kEpilogues, epilogue, "epilogue"), a.compute = parse_compute(compute),
+  a.epilogue = (Epilogue)one_of(kEpilogues, epilogue, "epilogue"), a.compute = parse_compute(compute, *l.format),
   a.dtype = float_dtype(x, "x");
   const bool gated = a.epilogue >= Epilogue::silu_mul;
   const bool two = a.epilogue == Epilogue::add || a.epilogue == Epilogue::mul;
@@ -100,17 +127,10 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   check_dtype(weight, ScalarType::Byte, "weight");
   check_shape(weight, {(a.N + kTileN - 1) / kTileN, g.tiles, g.tile_bytes}, "weight");
   const Tensor w = dense(weight);
-  a.weight = {(const uint8_t*)w.const_data_ptr(),
-              w.size(0),
-              g.tiles,
-              g.tile_bytes,
-              g.code_bytes,
-              g.scale_bytes,
-              g.segment,
-              l.bits,
-              l.zero,
-              l.asymmetric,
-              l.scale};
+  a.weight.data = (const uint8_t*)w.const_data_ptr(), a.weight.blocks = w.size(0), a.weight.segment = g.segment;
+  a.weight.tiles = g.tiles, a.weight.tile_bytes = g.tile_bytes;
+  a.weight.code_bytes = g.code_bytes, a.weight.scale_bytes = g.scale_bytes;
+  set_values(a.weight, l, a.compute);
   OptionalTensor b, o;
   if (bias) {
     a.bias_dtype = float_dtype(*bias, "bias");

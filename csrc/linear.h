@@ -2,6 +2,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "coding.h"
 #include "dtype.h"
 #include "epilogue.h"
 
@@ -15,9 +16,13 @@ struct PackedWeight {
   const uint8_t* data;  // [blocks][tiles][tile_bytes]
   int64_t blocks, tiles, tile_bytes, code_bytes, scale_bytes;
   int64_t segment;  // inputs that share a scale: 32, 64 or 128
-  int bits, zero;   // zero: of a symmetric format
+  int bits, zero;   // zero: of symmetric integers, and of `digits`
   bool asymmetric;
   DType scale;
+  Coding coding;
+  float book[16];      // of 4-bit codes: the values of float products
+  uint8_t digits[16];  // of Coding::book: the factors of int8 products, plus `zero`
+  float unit;          // what int8 products are multiples of
 };
 
 // Activations as the register tiles read them. Rows come in blocks of `block` (the last one may have fewer, R): codes

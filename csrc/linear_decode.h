@@ -28,11 +28,17 @@ inline __attribute__((always_inline)) void for_each_index(const Function& f) {
 // What is subtracted from every code: the zero points of asymmetric weights are what the sums start from.
 inline int constant_zero(const PackedWeight& w) { return w.asymmetric ? 0 : w.zero; }
 
-// A 4-bit code's or a byte's value as float; i counts the codes of a dword from its low bits.
-template <int bits, int i>
+// A code's value as float; i counts the codes of a dword from its low bits.
+template <Coding c, int i>
 inline F32 value_at(I32 dword, const CodeTable& table, I32 zero) {
-  if constexpr (bits == 4) return value_of(shift_right<4 * i>(dword), table);
-  return to_float((shift_right<8 * (i & 3)>(dword) & I32::set1(255)) - zero);
+  if constexpr (c == Coding::nibbles)
+    return value_of(shift_right<4 * i>(dword), table);
+  else if constexpr (c == Coding::book)
+    return book_value_of(shift_right<4 * i>(dword), table);
+  else if constexpr (is_float8(c))
+    return float8_at<c, i>(dword);
+  else
+    return to_float((shift_right<8 * (i & 3)>(dword) & I32::set1(255)) - zero);
 }
 // Which of the inputs of a dword that code is. Of bf16 pairs it is the first half, the second is two inputs further on.
 template <int bits>
@@ -40,50 +46,69 @@ constexpr int input_at(int i) {
   return bits == 4 ? i % 2 * 4 + i / 2 : i;
 }
 
+// What the bf16 values of the panels and tiles are multiples of.
+inline float unit_of_pairs(Coding c) {
+  return c == Coding::e4m3   ? Float8Pairs<Coding::e4m3>::unit
+         : c == Coding::e5m2 ? Float8Pairs<Coding::e5m2>::unit
+                             : 1.f;
+}
+
 using Expand = void (*)(const PackedWeight&, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel);
 
+// 4-bit codes, one to a byte, to the factors of int8 products.
+template <bool book>
+inline I32 factors_of(I32 codes, const Digits& digits) {
+  return book ? digits_of(codes, digits) : codes;
+}
+
 // Bytes for int8 products: steps of 4 inputs.
-inline void expand_bytes(const PackedWeight&, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel) {
+template <bool book>
+void expand_bytes(const PackedWeight& w, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel) {
+  const Digits digits(w.digits);
   for (int64_t row = row0; row < row1; row++)
     for (int64_t j = 0; j < 64; j += kVectorBytes) {
       const I32 x = load_words(tile + row * 64 + j);
       uint8_t* to = panel + row / 2 * 256 + row % 2 * 64 + j;
-      store_words(to, low_nibbles(x)), store_words(to + 128, high_nibbles(x));
+      store_words(to, factors_of<book>(low_nibbles(x), digits));
+      store_words(to + 128, factors_of<book>(high_nibbles(x), digits));
     }
 }
 
 // Floats: steps of one input.
-template <int bits>
+template <Coding c>
 void expand_floats(const PackedWeight& w, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel) {
-  constexpr int codes = 32 / bits;
-  const CodeTable table(constant_zero(w));
+  constexpr int codes = 32 / bits_of(c);
+  const CodeTable table(w.book, constant_zero(w));
   const I32 zero = I32::set1(constant_zero(w));
   for (int64_t row = row0; row < row1; row++)
     for (int64_t j = 0; j < 64; j += kVectorBytes) {
       const I32 x = load_words(tile + row * 64 + j);
       uint8_t* to = panel + row / 2 * codes * 128 + row % 2 * 64 + j;
       for_each_index<codes>([&](auto i) {
-        store((float*)(to + input_at<bits>(i.value) * 128), value_at<bits, i.value>(x, table, zero));
+        store((float*)(to + input_at<bits_of(c)>(i.value) * 128), value_at<c, i.value>(x, table, zero));
       });
     }
 }
 
 // bf16 pairs: the halves of a dword hold inputs two apart.
-template <int bits>
+template <Coding c>
 void expand_pairs(const PackedWeight& w, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel) {
-  constexpr int pairs = 16 / bits;
-  const PairTable table(constant_zero(w), 1);
-  const CodeTable none(0);
+  constexpr int pairs = 16 / bits_of(c);
+  const PairTable table(w.book);
+  const Float8Pairs<c> float8;
+  const CodeTable none(w.book, 0);
   const I32 zero = I32::set1(constant_zero(w)), high = I32::set1((int32_t)0xffff0000);
   for (int64_t row = row0; row < row1; row++)
     for (int64_t j = 0; j < 64; j += kVectorBytes) {
       const I32 x = load_words(tile + row * 64 + j);
       uint8_t* to = panel + row / 2 * pairs * 128 + row % 2 * 64 + j;
       for_each_index<pairs>([&](auto i) {
-        if constexpr (bits == 4) {
+        if constexpr (bits_of(c) == 4) {
           store_words(to + i.value * 128, value_of(shift_right<4 * i.value>(x), table));
+        } else if constexpr (is_float8(c)) {
+          store_words(to + i.value * 128, pair_of<i.value>(x, float8));
         } else {
-          const F32 first = value_at<8, i.value>(x, none, zero), second = value_at<8, i.value + 2>(x, none, zero);
+          const F32 first = value_at<c, i.value>(x, none, zero), second = value_at<c, i.value + 2>(x, none, zero);
           store_words(to + i.value * 128, shift_right<16>(bits_of(first)) | (bits_of(second) & high));
         }
       });

@@ -90,17 +90,19 @@ struct Method {
 
 inline Method method_of(const MultiplyArgs& a, bool one_block) {
   const PackedWeight& w = a.weight;
-  const bool wide = w.bits == 8;
+  const bool wide = w.bits == 8, book = w.coding == Coding::book;
+  const int coding = (int)w.coding;
   if (a.compute == Compute::int8) {
+    if (one_block && book) return {kDigits.of, nullptr, false, 4, 0};
     if (one_block) return {(wide ? kBytes : kNibbles)[w.asymmetric].of, nullptr, false, 4, 0};
-    return {kBytePanels[wide][w.asymmetric].of, wide ? nullptr : expand_bytes, !wide, 4, wide ? 1 : 2};
+    return {kBytePanels[wide || book][w.asymmetric].of, wide ? nullptr : kExpandBytes[book], !wide, 4, wide ? 1 : 2};
   }
   if (a.compute == Compute::bf16) {
-    if (one_block) return {kPairs[wide].of, nullptr, false, 2, 0};
-    return {kPairPanels.of, kExpandPairs[wide], true, 2, 2};
+    if (one_block) return {kPairs[coding].of, nullptr, false, 2, 0};
+    return {kPairPanels.of, kExpandPairs[coding], true, 2, 2};
   }
-  if (one_block) return {kFloats[wide].of, nullptr, false, 1, 0};
-  return {kFloatPanels.of, kExpandFloats[wide], false, 1, 1};  // two panels of floats would not fit a 32 KB L1
+  if (one_block) return {kFloats[coding].of, nullptr, false, 1, 0};
+  return {kFloatPanels.of, kExpandFloats[coding], false, 1, 1};  // two panels of floats would not fit a 32 KB L1
 }
 
 constexpr int64_t kPanelBytes = kTileK * kTileN * 4;  // of floats, or two of bf16 pairs or bytes
@@ -159,6 +161,8 @@ void multiply_by(const Method& method, const MultiplyArgs& a, int64_t row0, int6
   const Sweep sweep{a, row0, row1, block1 * w.tiles, method, panels, (float*)(panels + kPanelBytes)};
   TileArgs t;
   t.scale_dtype = w.scale, t.asymmetric = w.asymmetric, t.zero = constant_zero(w);
+  t.book = w.book, t.digits = w.digits;
+  t.unit = a.compute != Compute::bf16 ? 1.f : unit_of_pairs(w.coding);
   t.segments = kTileK / w.segment, t.steps = w.segment / method.per_dword;
   for (int64_t i = block0 * w.tiles; i < block1 * w.tiles; i++) sweep.run(i, i == block0 * w.tiles, t);
 }
@@ -169,7 +173,7 @@ void multiply_row(const MultiplyArgs& a, int64_t m, int64_t block0, int64_t bloc
   const RowArgs row = {a.activations.codes + m * w.tiles * kTileK,
                        a.activations.scales + m * w.tiles * (kTileK / w.segment),
                        a.activations.sums + m * w.tiles * (kTileK / w.segment)};
-  const RowKernel kernel = kRowKernels[w.bits == 8][w.asymmetric];
+  const RowKernel kernel = kRowKernels[(int)w.coding][w.asymmetric];
   alignas(64) float C[kTileN];
   for (int64_t n = block0; n < block1; n++) {
     prefetch_output(a, m, 1, n);

@@ -100,7 +100,7 @@ inline void segment_dots(const uint8_t* w, const uint8_t* a, int64_t R, int64_t 
 template <bool pairs>
 inline void add_dots(const TileArgs& t, int64_t s, const int32_t* dots) {
   for (int64_t n = 0; n < kTileN; n += F32::lanes) {
-    const F32 scale = load(t.scales, t.scale_dtype, s * kTileN + n);
+    const F32 scale = load_scale(t.scales, t.scale_dtype, s * kTileN + n) * F32::set1(t.unit);
     const I32 zero = t.asymmetric ? load_bytes(t.zeros + s * kTileN + n) : I32::zero();
     for (int64_t r = 0; r < t.R; r++) {
       float* C = t.C + r * kTileN + n;
@@ -139,9 +139,9 @@ constexpr MatrixTiles same_for_all(Tile tile) {
 constexpr MatrixTiles kMatrixBytes = same_for_all(tile_matrix<false>), kMatrixPairs = same_for_all(tile_matrix<true>);
 
 inline Method matrix_method_of(const MultiplyArgs& a) {
-  const bool wide = a.weight.bits == 8;
-  if (a.compute == Compute::int8) return {kMatrixBytes.of, wide ? nullptr : expand_bytes, !wide, 4, wide ? 1 : 2};
-  return {kMatrixPairs.of, kExpandPairs[wide], true, 2, 2};
+  const bool wide = a.weight.bits == 8, book = a.weight.coding == Coding::book;
+  if (a.compute == Compute::int8) return {kMatrixBytes.of, wide ? nullptr : kExpandBytes[book], !wide, 4, wide ? 1 : 2};
+  return {kMatrixPairs.of, kExpandPairs[(int)a.weight.coding], true, 2, 2};
 }
 
 // The tile registers have the shape of one number of rows: those of a smaller last block come apart.

@@ -107,11 +107,21 @@ void for_each_scale(const PackJob& j, int64_t rows, const Function& f) {
 bool finite_scales(const uint8_t* scales, DType t, int64_t count) {
   const uint32_t mask = t == DType::f32 ? 0x7f800000 : t == DType::bf16 ? 0x7f80 : 0x7c00;
   bool good = true;
-  if (t == DType::f32) {
+  if (t == DType::e8m0) {
+    for (int64_t i = 0; i < count; i++) good &= scales[i] != 0xff;
+  } else if (t == DType::f32) {
     for (int64_t i = 0; i < count; i++) good &= (((const uint32_t*)scales)[i] & mask) != mask;
   } else {
     for (int64_t i = 0; i < count; i++) good &= (((const uint16_t*)scales)[i] & mask) != mask;
   }
+  return good;
+}
+
+// NaN and infinity of floats of 8 bits: e4m3 has 0x7f of either sign, e5m2 all that have every bit of the exponent set.
+bool finite_codes(const uint8_t* codes, Coding c, int64_t count) {
+  bool good = true;
+  const int first = c == Coding::e4m3 ? 0x7f : 0x7c;
+  for (int64_t i = 0; i < count; i++) good &= (codes[i] & 0x7f) < first;
   return good;
 }
 
@@ -185,6 +195,8 @@ void with_widths(const Layout& l, const Function& f) {
   const bool wide = l.scale == DType::f32;
   if (l.bits == 4)
     wide ? f(std::integral_constant<int, 4>(), uint32_t()) : f(std::integral_constant<int, 4>(), uint16_t());
+  else if (l.scale == DType::e8m0)
+    f(std::integral_constant<int, 8>(), uint8_t());
   else
     wide ? f(std::integral_constant<int, 8>(), uint32_t()) : f(std::integral_constant<int, 8>(), uint16_t());
 }
@@ -234,6 +246,9 @@ Tensor pack_weight(const Tensor& codes, const Tensor& scales, const OptionalTens
   const Parts parts{(uint8_t*)c.const_data_ptr(), (uint8_t*)s.const_data_ptr(),
                     z ? (uint8_t*)z->const_data_ptr() : nullptr};
   STD_TORCH_CHECK(finite_scales(parts.scales, j.layout.scale, s.numel()), "scales has NaN or infinite values");
+  if (is_float8(j.layout.format->coding))
+    STD_TORCH_CHECK(finite_codes(parts.codes, j.layout.format->coding, c.numel()),
+                    "codes has NaN or infinite values of ", j.layout.format->name);
   Tensor out = empty_weight(codes, (j.N + kTileN - 1) / kTileN, j.g.tiles, j.g.tile_bytes);
   uint8_t* o = (uint8_t*)out.mutable_data_ptr();
   with_widths(j.layout, [&](auto bits, auto scale) {

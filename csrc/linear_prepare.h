@@ -106,10 +106,10 @@ struct SegmentRows {
     const int64_t p = s * w.segment;
     int32_t total;
     if (a.group == a.padded_group && p + w.segment <= a.K) {  // positions are inputs
-      scales[r] = quantize_segment(x + p, w.segment, buffer, total);
+      scales[r] = quantize_segment(x + p, w.segment, buffer, total) * w.unit;
     } else {
       load_padded(x, a.dtype, source_of(a, p, w.segment), w.segment, padded);
-      scales[r] = quantize_segment(padded, w.segment, buffer, total);
+      scales[r] = quantize_segment(padded, w.segment, buffer, total) * w.unit;
     }
     sums[r] = w.asymmetric ? (uint16_t)-total : -w.zero * total;
     scatter(buffer, w.segment / 4, codes + 4 * r, R);

@@ -17,9 +17,10 @@ struct RowArgs {
 
 // Sums of one segment for two vectors of outputs. The products of neighbouring rows of codes go to different sums, as
 // each waits several clocks for the one before it.
-template <int bits>
+template <Coding coding>
 struct RowSums {
   static constexpr int kChains = 4;
+  static constexpr bool book = coding == Coding::book, bytes = coding == Coding::bytes;
   I32 c0[kChains], c1[kChains];
 
   template <bool asymmetric>
@@ -30,33 +31,36 @@ struct RowSums {
 #pragma GCC unroll 4
     for (int i = 1; i < kChains; i++) c0[i] = c1[i] = I32::zero();
   }
-  // Row i of codes: of nibbles the low ones meet the first dword, the high ones, still times 16, the second.
-  void add(int i, const uint8_t* w, const uint8_t* a) {
+  // Row i of codes: of nibbles the low ones meet the first dword, the high ones the second, integers still times 16.
+  void add(int i, const uint8_t* w, const uint8_t* a, const Digits& digits) {
     const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes);
-    if (bits == 8) {
+    if (bytes) {
       const I32 b = broadcast(a + 4 * i);
       dot<true>(c0[i % kChains], x0, b), dot<true>(c1[i % kChains], x1, b);
     } else {
       const I32 b = broadcast(a + 8 * i), b4 = broadcast(a + 8 * i + 4);
       const int low = i % 2, high = 2 + i % 2;
-      dot<false>(c0[low], low_nibbles(x0), b), dot<false>(c1[low], low_nibbles(x1), b);
-      dot<false>(c0[high], high_in_place(x0), b4), dot<false>(c1[high], high_in_place(x1), b4);
+      dot<book>(c0[low], factors_of<book>(low_nibbles(x0), digits), b);
+      dot<book>(c1[low], factors_of<book>(low_nibbles(x1), digits), b);
+      dot<book>(c0[high], book ? digits_of(high_nibbles(x0), digits) : high_in_place(x0), b4);
+      dot<book>(c1[high], book ? digits_of(high_nibbles(x1), digits) : high_in_place(x1), b4);
     }
   }
   static F32 total(const I32 (&c)[kChains]) {
-    if (bits == 8) return to_float((c[0] + c[1]) + (c[2] + c[3]));
-    return to_float(c[0] + c[1] + shift_right_signed<kHighShift>(c[2] + c[3]));
+    if (bytes) return to_float((c[0] + c[1]) + (c[2] + c[3]));
+    return to_float(c[0] + c[1] + shift_right_signed<book ? 0 : kHighShift>(c[2] + c[3]));
   }
 };
 
 // C [32] = the row times the `tiles` tiles of one block.
-template <int bits, bool asymmetric>
+template <Coding coding, bool asymmetric>
 __attribute__((noinline)) void row_times_block(const PackedWeight& weight, const uint8_t* tile, const RowArgs& row,
                                                float* C) {
   const PackedWeight w = weight;  // local: what the kernel stores cannot change it
   constexpr int64_t L = F32::lanes;
-  constexpr int kDwords = bits == 4 ? 2 : 1, kRows = 4;  // of activations per row of codes; rows of a step
+  constexpr int kDwords = bits_of(coding) == 4 ? 2 : 1, kRows = 4;  // of activations per row of codes; rows of a step
   const int64_t segments = kTileK / w.segment, rows = w.segment / (4 * kDwords);
+  const Digits digits(w.digits);
   const uint8_t* a = row.codes;
   const float* A = row.scales;
   const int32_t* sums = row.sums;
@@ -70,13 +74,13 @@ __attribute__((noinline)) void row_times_block(const PackedWeight& weight, const
 #pragma GCC unroll 2
       for (int64_t h = 0; h < kHalves; h++) {
         const int64_t n = s * kTileN + h * kHalfN;
-        RowSums<bits> c;
+        RowSums<coding> c;
         c.template start<asymmetric>(zeros + n, sums + s);
         for (int64_t r = 0; r < rows; r += kRows)
 #pragma GCC unroll 4
-          for (int i = 0; i < kRows; i++) c.add(i, codes + (r + i) * 128 + h * 64, a + 4 * kDwords * r);
-        y[2 * h] = fma(c.total(c.c0), load(scales, w.scale, n) * scale, y[2 * h]);
-        y[2 * h + 1] = fma(c.total(c.c1), load(scales, w.scale, n + L) * scale, y[2 * h + 1]);
+          for (int i = 0; i < kRows; i++) c.add(i, codes + (r + i) * 128 + h * 64, a + 4 * kDwords * r, digits);
+        y[2 * h] = fma(c.total(c.c0), load_scale(scales, w.scale, n) * scale, y[2 * h]);
+        y[2 * h + 1] = fma(c.total(c.c1), load_scale(scales, w.scale, n + L) * scale, y[2 * h + 1]);
       }
     }
   }
@@ -85,9 +89,11 @@ __attribute__((noinline)) void row_times_block(const PackedWeight& weight, const
 }
 
 using RowKernel = void (*)(const PackedWeight&, const uint8_t*, const RowArgs&, float*);
-// By 8-bit codes and asymmetry.
-constexpr RowKernel kRowKernels[2][2] = {{row_times_block<4, false>, row_times_block<4, true>},
-                                         {row_times_block<8, false>, row_times_block<8, true>}};
+// By coding, of those that int8 products exist for, and asymmetry.
+constexpr RowKernel kRowKernels[3][2] = {
+    {row_times_block<Coding::nibbles, false>, row_times_block<Coding::nibbles, true>},
+    {row_times_block<Coding::bytes, false>, row_times_block<Coding::bytes, true>},
+    {row_times_block<Coding::book, false>, nullptr}};
 
 }  // namespace
 }  // namespace llmrt

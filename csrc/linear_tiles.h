@@ -16,6 +16,9 @@ struct TileArgs {
   DType scale_dtype;
   bool asymmetric;
   int zero;
+  const float* book;
+  const uint8_t* digits;
+  float unit;
   int64_t segments, steps;  // of this tile; steps (rows of dwords) per segment
   int64_t R;
   float* C;  // [R][32], added to
@@ -98,39 +101,13 @@ __attribute__((noinline)) void tile_bytes(const TileArgs& arguments) {
     }
 }
 
-// Codes as packed nibbles times one row. C stays in registers: the memory sets the pace, and short segments must not.
-template <bool asymmetric>
-__attribute__((noinline)) void tile_nibbles_one(const TileArgs& arguments) {
-  const TileArgs t = arguments;  // local: what the kernel stores cannot change it
-  constexpr int64_t L = F32::lanes;
-  for (int64_t h = 0; h < kHalves; h++) {
-    float* C = t.C + h * kHalfN;
-    F32 y0 = load(C), y1 = load(C + L);
-    const uint8_t *w = t.codes + h * 64, *a = t.a;
-    for (int64_t s = 0; s < t.segments; s++) {
-      I32 c0[1], c1[1], d0 = I32::zero(), d1 = I32::zero();
-      start_segment<1, asymmetric>(t, s, h, c0, c1);
-      for (int64_t k = 0; k < t.steps; k += 8)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++, w += 128, a += 8) {
-          const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes), b = broadcast(a), b4 = broadcast(a + 4);
-          dot<false>(c0[0], low_nibbles(x0), b), dot<false>(c1[0], low_nibbles(x1), b);
-          dot<false>(d0, high_nibbles(x0), b4), dot<false>(d1, high_nibbles(x1), b4);
-        }
-      const int64_t n = s * kTileN + h * kHalfN;
-      const F32 A = F32::set1(t.a_scales[s]);
-      y0 = fma(to_float(c0[0] + d0), load(t.scales, t.scale_dtype, n) * A, y0);
-      y1 = fma(to_float(c1[0] + d1), load(t.scales, t.scale_dtype, n + L) * A, y1);
-    }
-    store(C, y0), store(C + L, y1);
-  }
-}
-
 // Codes as packed nibbles, split in registers: for one row block there is no panel to share.
-template <int R, bool asymmetric>
+template <int R, bool asymmetric, bool book>
 __attribute__((noinline)) void tile_nibbles(const TileArgs& arguments) {
-  if (R == 1) return tile_nibbles_one<asymmetric>(arguments);
   const TileArgs t = arguments;  // local: what the kernel stores cannot change it
+  const Digits digits(t.digits);
+  const auto low = [&](I32 x) { return factors_of<book>(low_nibbles(x), digits); };
+  const auto high = [&](I32 x) { return factors_of<book>(high_nibbles(x), digits); };
   for (int64_t h = 0; h < kHalves; h++)
     for (int64_t s = 0; s < t.segments; s++) {
       I32 c0[R], c1[R];
@@ -139,28 +116,28 @@ __attribute__((noinline)) void tile_nibbles(const TileArgs& arguments) {
       for (int64_t k = 2; k < t.steps; k += 2, w += 128, a += 8 * R) {
         const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes);
         if (ahead_of(R)) prefetch(w + ahead_of(R)), prefetch(w + ahead_of(R) + 64);
-        const I32 low0 = low_nibbles(x0), low1 = low_nibbles(x1), high0 = high_nibbles(x0), high1 = high_nibbles(x1);
+        const I32 low0 = low(x0), low1 = low(x1), high0 = high(x0), high1 = high(x1);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
           const I32 b = broadcast(a + 4 * r);
-          dot<false>(c0[r], low0, b), dot<false>(c1[r], low1, b);
+          dot<book>(c0[r], low0, b), dot<book>(c1[r], low1, b);
         }
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
           const I32 b = broadcast(a + 4 * (R + r));
-          dot<false>(c0[r], high0, b), dot<false>(c1[r], high1, b);
+          dot<book>(c0[r], high0, b), dot<book>(c1[r], high1, b);
         }
       }
       const SegmentSums sums(t, s, h, R);
       const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes);
       if (ahead_of(R)) prefetch(w + ahead_of(R)), prefetch(w + ahead_of(R) + 64);
-      const I32 low0 = low_nibbles(x0), low1 = low_nibbles(x1), high0 = high_nibbles(x0), high1 = high_nibbles(x1);
+      const I32 low0 = low(x0), low1 = low(x1), high0 = high(x0), high1 = high(x1);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         I32 b = broadcast(a + 4 * r);
-        dot<false>(c0[r], low0, b), dot<false>(c1[r], low1, b);
+        dot<book>(c0[r], low0, b), dot<book>(c1[r], low1, b);
         b = broadcast(a + 4 * (R + r));
-        dot<false>(c0[r], high0, b), dot<false>(c1[r], high1, b);
+        dot<book>(c0[r], high0, b), dot<book>(c1[r], high1, b);
         sums.add(r, c0[r], c1[r]);
       }
     }
@@ -189,7 +166,8 @@ inline __attribute__((always_inline)) void add_floats(const TileArgs& t, int64_t
                                                       const F32* c1, int stride) {
   constexpr int64_t L = F32::lanes;
   const int64_t n = s * kTileN + h * kHalfN;
-  const F32 s0 = load(t.scales, t.scale_dtype, n), s1 = load(t.scales, t.scale_dtype, n + L);
+  const F32 unit = F32::set1(t.unit);
+  const F32 s0 = load_scale(t.scales, t.scale_dtype, n) * unit, s1 = load_scale(t.scales, t.scale_dtype, n + L) * unit;
   float* C = t.C + h * kHalfN;
   keep_in_memory();
 #pragma GCC unroll 12
@@ -226,14 +204,18 @@ __attribute__((noinline)) void tile_floats(const TileArgs& arguments) {
 
 // The packed codes themselves, decoded in registers: for one row block there is no panel to share. An 8-bit code is two
 // 4-bit ones for bf16 products, 16 * high - zero and low, both exact.
-template <int R, bool pairs, int bits>
+template <int R, bool pairs, Coding coding>
 __attribute__((noinline)) void tile_codes(const TileArgs& arguments) {
-  const TileArgs t = arguments;                                      // local: what the kernel stores cannot change it
-  constexpr int kSteps = (pairs ? 16 : 32) / bits;                   // of activations per dword of codes
-  constexpr int kDecoded = pairs ? 4 : kSteps;                       // vectors that a dword of codes gives
+  const TileArgs t = arguments;  // local: what the kernel stores cannot change it
+  constexpr int bits = bits_of(coding);
+  constexpr bool nibbles = coding != Coding::bytes && bits == 4;
+  constexpr int kSteps = (pairs ? 16 : 32) / bits;                    // of activations per dword of codes
+  constexpr int kDecoded = pairs && !is_float8(coding) ? 4 : kSteps;  // vectors that a dword of codes gives
   constexpr int kChains = R == 1 ? 4 : R <= kBlockRows / 4 ? 2 : 1;  // fewer would wait for the latency of the products
-  const PairTable low(bits == 4 ? t.zero : 0, 1), high(bits == 4 ? t.zero : t.zero / 16, bits == 4 ? 1 : 16);
-  const CodeTable table(t.zero);
+  const PairTable low = nibbles ? PairTable(t.book) : PairTable(0, 1);
+  const PairTable high = nibbles ? low : PairTable(t.zero / 16, 16);
+  const Float8Pairs<coding> float8;
+  const CodeTable table(t.book, t.zero);
   const I32 zero = I32::set1(t.zero);
   for (int64_t h = 0; h < kHalves; h++)
     for (int64_t s = 0; s < t.segments; s++) {
@@ -248,18 +230,23 @@ __attribute__((noinline)) void tile_codes(const TileArgs& arguments) {
       for (int64_t k = 0; k < rows; k++, w += 128, a += kSteps * 4 * R) {
         const I32 x0 = load_words(w), x1 = load_words(w + kVectorBytes);
         for_each_index<kDecoded>([&](auto i) __attribute__((always_inline)) {
-          constexpr int step = pairs ? i.value * kSteps / 4 : input_at<bits>(i.value), chain = i.value % kChains;
+          constexpr int step = pairs ? i.value * kSteps / kDecoded : input_at<bits>(i.value);
+          constexpr int chain = i.value % kChains;
           if constexpr (pairs) {
-            const PairTable& values = i.value % 2 ? high : low;
-            const I32 v0 = value_of(shift_right<4 * i.value>(x0), values);
-            const I32 v1 = value_of(shift_right<4 * i.value>(x1), values);
+            I32 v0, v1;
+            if constexpr (is_float8(coding)) {
+              v0 = pair_of<i.value>(x0, float8), v1 = pair_of<i.value>(x1, float8);
+            } else {
+              const PairTable& values = i.value % 2 ? high : low;
+              v0 = value_of(shift_right<4 * i.value>(x0), values), v1 = value_of(shift_right<4 * i.value>(x1), values);
+            }
 #pragma GCC unroll 12
             for (int r = 0; r < R; r++) {
               const I32 b = broadcast(a + 4 * (step * R + r));
               dot_bf16(c0[r * kChains + chain], v0, b), dot_bf16(c1[r * kChains + chain], v1, b);
             }
           } else {
-            const F32 v0 = value_at<bits, i.value>(x0, table, zero), v1 = value_at<bits, i.value>(x1, table, zero);
+            const F32 v0 = value_at<coding, i.value>(x0, table, zero), v1 = value_at<coding, i.value>(x1, table, zero);
 #pragma GCC unroll 12
             for (int r = 0; r < R; r++) {
               const F32 b = as_float(broadcast(a + 4 * (step * R + r)));
@@ -296,25 +283,35 @@ constexpr int at_most_block(int R) { return R < kBlockRows ? R : kBlockRows; }
     }                                                                                                       \
   }
 // By asymmetry.
-constexpr TileTable kNibbles[2] = {LLMRT_TILES(tile_nibbles, false), LLMRT_TILES(tile_nibbles, true)};
+constexpr TileTable kNibbles[2] = {LLMRT_TILES(tile_nibbles, false, false), LLMRT_TILES(tile_nibbles, true, false)};
+constexpr TileTable kDigits = LLMRT_TILES(tile_nibbles, false, true);
 constexpr TileTable kBytes[2] = {LLMRT_TILES(tile_bytes, true, false, true), LLMRT_TILES(tile_bytes, true, true, true)};
 // Panels; for int8 by 8-bit codes and asymmetry.
 constexpr TileTable kBytePanels[2][2] = {
     {LLMRT_TILES(tile_bytes, false, false, false), LLMRT_TILES(tile_bytes, false, true, false)},
     {LLMRT_TILES(tile_bytes, true, false, false), LLMRT_TILES(tile_bytes, true, true, false)}};
 constexpr TileTable kFloatPanels = LLMRT_TILES(tile_floats, false);
-// By 8-bit codes.
-constexpr TileTable kFloats[2] = {LLMRT_TILES(tile_codes, false, 4), LLMRT_TILES(tile_codes, false, 8)};
+// By coding.
+constexpr TileTable kFloats[5] = {LLMRT_TILES(tile_codes, false, Coding::nibbles),
+                                  LLMRT_TILES(tile_codes, false, Coding::bytes), LLMRT_TILES(tile_codes, false, kBook),
+                                  LLMRT_TILES(tile_codes, false, Coding::e4m3),
+                                  LLMRT_TILES(tile_codes, false, Coding::e5m2)};
 #if defined(__AVX512BF16__)
 constexpr TileTable kPairPanels = LLMRT_TILES(tile_floats, true);
-constexpr TileTable kPairs[2] = {LLMRT_TILES(tile_codes, true, 4), LLMRT_TILES(tile_codes, true, 8)};
-constexpr Expand kExpandPairs[2] = {expand_pairs<4>, expand_pairs<8>};
+constexpr TileTable kPairs[5] = {LLMRT_TILES(tile_codes, true, Coding::nibbles),
+                                 LLMRT_TILES(tile_codes, true, Coding::bytes), LLMRT_TILES(tile_codes, true, kBook),
+                                 LLMRT_TILES(tile_codes, true, Coding::e4m3),
+                                 LLMRT_TILES(tile_codes, true, Coding::e5m2)};
+constexpr Expand kExpandPairs[5] = {expand_pairs<Coding::nibbles>, expand_pairs<Coding::bytes>, expand_pairs<kBook>,
+                                    expand_pairs<Coding::e4m3>, expand_pairs<Coding::e5m2>};
 #else  // never called: see kBf16Products
 constexpr TileTable kPairPanels = kFloatPanels;
-constexpr TileTable kPairs[2] = {kFloats[0], kFloats[1]};
-constexpr Expand kExpandPairs[2] = {nullptr, nullptr};
+constexpr TileTable kPairs[5] = {};
+constexpr Expand kExpandPairs[5] = {};
 #endif
-constexpr Expand kExpandFloats[2] = {expand_floats<4>, expand_floats<8>};
+constexpr Expand kExpandFloats[5] = {expand_floats<Coding::nibbles>, expand_floats<Coding::bytes>, expand_floats<kBook>,
+                                     expand_floats<Coding::e4m3>, expand_floats<Coding::e5m2>};
+constexpr Expand kExpandBytes[2] = {expand_bytes<false>, expand_bytes<true>};  // by whether there is a book
 #undef LLMRT_TILES
 #undef LLMRT_TILE
 

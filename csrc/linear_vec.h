@@ -1,5 +1,6 @@
 // Integer vectors and dot products of one ISA tier, for linears.
 #pragma once
+#include "coding.h"
 #include "vec.h"
 
 namespace llmrt {
@@ -33,6 +34,10 @@ template <int bits>
 inline I32 shift_right_signed(I32 a) {
   return {_mm512_srai_epi32(a.v, bits)};
 }
+// sum + step in the lanes where a > b.
+inline I32 add_where_greater(I32 sum, F32 a, F32 b, I32 step) {
+  return {_mm512_mask_add_epi32(sum.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), sum.v, step.v)};
+}
 inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I32 dot16(I32 a, I32 b) { return {_mm512_madd_epi16(a.v, b.v)}; }  // of 2 signed 16-bit numbers per lane
 inline I32 round_to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
@@ -61,10 +66,11 @@ inline void dot_bf16(F32& acc, I32 w, I32 a) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(a.v));
 #endif
 }
-// (code - zero) * scale in bf16 of two 4-bit codes per lane, in the low bits of its halves; the bits above do not
-// matter.
+// The values, or (code - zero) * scale, in bf16 of two 4-bit codes per lane, in the low bits of its halves; the bits
+// above do not matter.
 struct PairTable {
   __m512i values;
+  explicit PairTable(const float* book) : values(_mm512_broadcast_i64x4(to_bf16(load(book)))) {}
   PairTable(int zero, int scale) {
     const F32 low = {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
     const F32 v = mul(sub(low, F32::set1((float)zero)), F32::set1((float)scale));
@@ -72,17 +78,54 @@ struct PairTable {
   }
 };
 inline I32 value_of(I32 codes, const PairTable& t) { return {_mm512_permutexvar_epi16(codes.v, t.values)}; }
+
+// Two floats of 8 bits per lane, bytes i and i + 2, in bf16 over `unit`. Exponent and mantissa move to their places,
+// and the bits of an exponent that eight have and four or five lack are set: a multiplication by 1 / unit, with no
+// carry. Products take subnormal numbers of bf16 for 0, so those of 8 bits, whose exponent is 0, come from a table.
+template <Coding c>
+struct Float8Pairs {
+  static constexpr int mantissa = c == Coding::e4m3 ? 3 : 2, bias = c == Coding::e4m3 ? 7 : 15;
+  static constexpr int exponents = 1 << (7 - mantissa);  // that there are
+  static constexpr int offset = 128 - exponents;         // of the exponent's bits
+  static constexpr int log_unit = 127 - offset - bias;   // 8 or 16
+  static constexpr float unit = (float)(1 << log_unit);
+  __m512i subnormal;
+  Float8Pairs() {
+    const F32 m = {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0)};
+    const float least = 1.f / unit / (float)(1 << mantissa) / (float)(1 << (bias - 1));
+    subnormal = _mm512_broadcast_i64x4(to_bf16(m * F32::set1(least)));
+  }
+};
+template <int i, Coding c>
+inline I32 pair_of(I32 dword, const Float8Pairs<c>& t) {
+  using F = Float8Pairs<c>;
+  constexpr int shift = F::mantissa + 1;  // bits of the exponent that eight have and these have not
+  const __m512i x = i == 0 ? _mm512_slli_epi16(dword.v, 8) : dword.v;
+  const __m512i code = i == 0 ? dword.v : _mm512_srli_epi16(dword.v, 8);
+  const __mmask32 zero = _mm512_testn_epi16_mask(x, _mm512_set1_epi16((F::exponents - 1) << (8 + F::mantissa)));
+  __m512i v = _mm512_ternarylogic_epi32(_mm512_srli_epi16(x, shift), _mm512_set1_epi16(0x7f00 >> shift),
+                                        _mm512_set1_epi16(F::offset << 7), 0xea);  // (a & b) | c
+  v = _mm512_mask_permutexvar_epi16(v, zero, code, t.subnormal);
+  return {_mm512_ternarylogic_epi32(x, _mm512_set1_epi16((short)0x8000), v, 0xea)};
+}
 #endif
 inline F32 as_float(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 
-// The 16 values of 4-bit codes; the bits of a lane above the code do not matter.
+// The 16 values of 4-bit codes; the bits of a lane above the code do not matter. Integers are values like others.
 struct CodeTable {
   __m512 values;
-  explicit CodeTable(int zero)
-      : values(_mm512_sub_ps(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                             _mm512_set1_ps((float)zero))) {}
+  CodeTable(const float* book, int) : values(_mm512_loadu_ps(book)) {}
 };
 inline F32 value_of(I32 codes, const CodeTable& t) { return {_mm512_permutexvar_ps(codes.v, t.values)}; }
+inline F32 book_value_of(I32 codes, const CodeTable& t) { return value_of(codes, t); }
+constexpr Coding kBook = Coding::nibbles;
+
+// Of 4-bit codes, one to a byte, the factors of int8 products.
+struct Digits {
+  __m512i of;
+  explicit Digits(const uint8_t* digits) : of(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)digits))) {}
+};
+inline I32 digits_of(I32 codes, const Digits& d) { return {_mm512_shuffle_epi8(d.of, codes.v)}; }
 
 #else  // AVX2
 
@@ -115,6 +158,11 @@ inline I32 shift_left(I32 a) {
 template <int bits>
 inline I32 shift_right_signed(I32 a) {
   return {_mm256_srai_epi32(a.v, bits)};
+}
+// sum + step in the lanes where a > b.
+inline I32 add_where_greater(I32 sum, F32 a, F32 b, I32 step) {
+  const __m256i greater = _mm256_castps_si256(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
+  return {_mm256_add_epi32(sum.v, _mm256_and_si256(greater, step.v))};
 }
 inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline I32 dot16(I32 a, I32 b) { return {_mm256_madd_epi16(a.v, b.v)}; }  // of 2 signed 16-bit numbers per lane
@@ -174,9 +222,23 @@ inline F32 as_float(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
 
 struct CodeTable {
   I32 zero;
-  explicit CodeTable(int z) : zero(I32::set1(z)) {}
+  __m256 low, high;
+  CodeTable(const float* book, int z)
+      : zero(I32::set1(z)), low(_mm256_loadu_ps(book)), high(_mm256_loadu_ps(book + 8)) {}
 };
 inline F32 value_of(I32 codes, const CodeTable& t) { return to_float((codes & I32::set1(15)) - t.zero); }
+inline F32 book_value_of(I32 codes, const CodeTable& t) {
+  return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, codes.v), _mm256_permutevar8x32_ps(t.high, codes.v),
+                           _mm256_castsi256_ps(_mm256_slli_epi32(codes.v, 28)))};
+}
+constexpr Coding kBook = Coding::book;
+
+// Of 4-bit codes, one to a byte, the factors of int8 products.
+struct Digits {
+  __m256i of;
+  explicit Digits(const uint8_t* digits) : of(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)digits))) {}
+};
+inline I32 digits_of(I32 codes, const Digits& d) { return {_mm256_shuffle_epi8(d.of, codes.v)}; }
 
 #endif
 
@@ -184,14 +246,39 @@ inline F32 value_of(I32 codes, const CodeTable& t) { return to_float((codes & I3
 constexpr bool kBf16Products = false;
 inline void dot_bf16(F32&, I32, I32) {}  // never called: the entry point asks for f32 then
 struct PairTable {
+  explicit PairTable(const float*) {}
   PairTable(int, int) {}
 };
 inline I32 value_of(I32 codes, const PairTable&) { return codes; }
+template <Coding>
+struct Float8Pairs {
+  static constexpr float unit = 1.f;
+};
+template <int i, Coding c>
+inline I32 pair_of(I32 dword, const Float8Pairs<c>&) {
+  return dword;
+}
 #endif
 
 constexpr int64_t kHalves = 16 / F32::lanes;  // passes over a tile: two vectors of outputs at a time
 constexpr int64_t kHalfN = kTileN / kHalves;  // outputs of one pass
 constexpr int64_t kVectorBytes = 4 * F32::lanes;
+
+// Byte i of a lane, a float of 8 bits, as float. Moved to their places its exponent and mantissa are a tiny float,
+// subnormal ones a subnormal one; the product with a power of two is exact.
+template <Coding c, int i>
+inline F32 float8_at(I32 dword) {
+  constexpr int shift = c == Coding::e4m3 ? 4 : 3;
+  constexpr int32_t bits = c == Coding::e4m3 ? (int32_t)0x87f00000 : (int32_t)0x8fe00000;
+  constexpr float power = c == Coding::e4m3 ? 0x1p120f : 0x1p112f;  // 127 less the bias of 8 bits
+  return as_float(shift_right_signed<shift>(shift_left<24 - 8 * i>(dword)) & I32::set1(bits)) * F32::set1(power);
+}
+
+// Scales of a packed weight, 255 not among those of e8m0. Of these 0 is 2^-127.
+inline F32 load_scale(const void* scales, DType t, int64_t i) {
+  if (t != DType::e8m0) return load(scales, t, i);
+  return as_float(max(shift_left<23>(load_bytes((const uint8_t*)scales + i)), I32::set1(0x00400000)));
+}
 
 inline I32 low_nibbles(I32 w) { return w & I32::set1(0x0f0f0f0f); }
 inline I32 high_nibbles(I32 w) { return shift_right<4>(w) & I32::set1(0x0f0f0f0f); }

@@ -2,6 +2,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "coding.h"
 #include "dtype.h"
 
 namespace llmrt {
@@ -10,8 +11,14 @@ struct QuantizeArgs {
   const void* weight;  // [N, K], row stride ldw
   DType dtype;
   int64_t K, ldw, group, groups;
-  int bits, zero;  // zero: of a symmetric format
+  Coding coding;
+  int bits, zero;  // zero: of symmetric integers
+  float absmax;    // what the largest magnitude of a group becomes
   bool asymmetric, fullrange;
+  // Of a book: its midpoints, rising. A value's code is first_code and the steps of all midpoints that it exceeds.
+  int midpoints, first_code;
+  float midpoint[15];
+  int step[15];
   DType scale_dtype;
   uint8_t* codes;  // [N, row_bytes]
   int64_t row_bytes;

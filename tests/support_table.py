@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llmrt.ops import OPERATORS, Layout
-from llmrt.ops.linear import COMPUTES
+from llmrt.ops.formats import COMPUTES
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- support table: begin -->\n", "<!-- support table: end -->\n"
@@ -55,19 +55,20 @@ def families() -> str:
 
 def formats() -> str:
     groups: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    scales: defaultdict[str, set[str]] = defaultdict(set)
     for sample in OPERATORS["quant_linear"].sample_inputs(torch.float32):
         layout, compute = Layout.parse(sample.args[4]), sample.args[6]
         name = f"{layout.weight_dtype}, {'asymmetric' if layout.asymmetric else 'symmetric'}"
         groups[name, compute].add(layout.group_size)
+        scales[name].add(str(layout).rpartition("_")[2])
     # -1, the whole row, comes last
     cells = {
         key: ", ".join("row" if g == -1 else str(g) for g in sorted(sizes, key=lambda g: (g < 0, g)))
         for key, sizes in groups.items()
     }
-    names = sorted({name for name, _ in cells})
     return table(
-        ["weights", *(f"compute {c}" for c in COMPUTES)],
-        [[n, *(cells.get((n, c), "") for c in COMPUTES)] for n in names],
+        ["weights", "scales", *(f"compute {c}" for c in COMPUTES)],
+        [[n, ", ".join(sorted(scales[n])), *(cells.get((n, c), "") for c in COMPUTES)] for n in sorted(scales)],
     )
 
 

@@ -84,13 +84,15 @@ def test_samples_equal_reference_in_double(dtype: torch.dtype, emulated: str) ->
 @pytest.mark.parametrize("compute", ["int8", "bf16", "fp32"])
 @pytest.mark.parametrize("rows", [4, 5, 16, 17, 33, 70, 150])
 def test_every_split_of_rows(rows: int, compute: str, emulated: str) -> None:
-    for layout in (Layout(), Layout("int8", True, 32)):
+    for layout in (Layout(), Layout("int8", True, 32), Layout("nf4"), Layout("fp8_e4m3", False, 32)):
+        if compute not in layout.format.computes:
+            continue
         compare_with_double(OPERATORS["quant_linear"], call(torch.randn(rows, 416), 40, layout, compute))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 50])
 def test_int8_products_have_the_bits_of_the_tier_below(rows: int, emulated: str) -> None:
-    for layout in (Layout(), Layout("int4", True, 64), Layout("int8", True, 32)):
+    for layout in (Layout(), Layout("int4", True, 64), Layout("int8", True, 32), Layout("nf4", False, 32)):
         arguments = call(torch.randn(rows, 416), 40, layout).args
         actual = ops.quant_linear(*arguments)
         _C.force_cpu_isa(base_of(emulated))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llmrt import ops
-from llmrt.ops import Layout
+from llmrt.ops import FORMATS, Layout, dequantize
+from llmrt.ops.formats import SCALE_DTYPES, Format, join_codes
 from llmrt.ops.linear import LAYOUTS
 
 
@@ -17,7 +18,8 @@ def test_unpacking_gives_back_the_bits(layout: Layout, isa: str) -> None:
     for n, k in ((70, 333), (33, 1), (1, 128)):
         canonical = ops.quantize(torch.randn(n, k), layout)
         again = ops.unpack_weight(ops.pack_weight(*canonical, str(layout), k), str(layout), n, k)
-        assert torch.equal(again[0], canonical[0]) and torch.equal(again[1], canonical[1])
+        assert torch.equal(again[0], canonical[0]) and again[1].dtype == layout.scale_dtype
+        assert torch.equal(again[1].view(torch.uint8), canonical[1].view(torch.uint8))
         assert again[2].numel() == 0 if canonical[2] is None else torch.equal(again[2], canonical[2])
 
 
@@ -54,6 +56,70 @@ def test_nan_and_inf_reach_the_output(compute: str, isa: str) -> None:
     x[0, 5], x[2, 200] = float("nan"), float("inf")
     y = ops.quant_linear(x, weight, None, None, str(layout), 40, compute)
     assert not y[0].isfinite().any() and y[1].isfinite().all() and not y[2].isfinite().all()
+
+
+#: Every format with every compute that it has.
+PRODUCTS = [(row, compute) for row in FORMATS.values() for compute in row.computes if compute != "fp16"]
+product = pytest.mark.parametrize(("row", "compute"), PRODUCTS, ids=lambda v: getattr(v, "name", v))
+
+
+@product
+def test_every_number_of_rows(row: Format, compute: str, isa: str) -> None:
+    """The register tiles of up to 12 rows, and panels, whole row blocks and a rest."""
+    layout = Layout(row.name, False, 32, torch.float32)
+    weight, x, bias = packed(40, 416, layout), torch.randn(41, 416), torch.randn(40)
+    arguments = (weight, bias, None, str(layout), 40, compute, "relu")
+    expected = ops.OPERATORS["quant_linear"].reference(x.double(), *arguments)
+    for m in (*range(1, 14), 25, 41):
+        torch.testing.assert_close(ops.quant_linear(x[:m], *arguments).double(), expected[:m], rtol=2e-5, atol=2e-5)
+
+
+@product
+@pytest.mark.parametrize("scale", ["f32", "bf16", "e8m0"])
+def test_every_code_is_exact(row: Format, compute: str, scale: str, isa: str) -> None:
+    """Unit vectors read the weights: all codes but NaN and infinity, subnormal ones among them, in the tiles and in panels."""
+    if scale not in row.scale_names:
+        pytest.skip("a combination that does not exist")
+    layout = Layout(row.name, False, 32, SCALE_DTYPES[scale])
+    values = torch.arange(row.levels + 1, dtype=torch.uint8)
+    if row.dtype is not None:
+        values = values[values.view(row.dtype).float().isfinite()]
+    codes = join_codes(torch.stack([values.roll(5 * n).repeat(16)[:128] for n in range(33)]), row.bits)
+    powers = 2.0 ** torch.arange(33 * 4).view(33, 4).remainder(9).sub(4)
+    scales = powers.to(layout.scale_dtype)
+    expected = dequantize(codes, scales, None, layout, 128, compute).T
+    weight, x = ops.pack_weight(codes, scales, None, str(layout), 128), torch.eye(128)
+    exact = compute != "int8"  # 127 * (1 / 127) rounds
+    for rows in (slice(None), slice(0, 4), slice(77, 78)):
+        y = ops.quant_linear(x[rows], weight, None, None, str(layout), 33, compute)
+        torch.testing.assert_close(y, expected[rows], rtol=0 if exact else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("row", [row for row in FORMATS.values() if row.dtype is not None], ids=lambda row: row.name)
+def test_floats_of_8_bits_that_are_not_finite_are_refused(row: Format, isa: str) -> None:
+    layout = Layout(row.name, False, 32, torch.float8_e8m0fnu)
+    codes, scales, _ = ops.quantize(torch.randn(4, 64), layout)
+    wrong = torch.arange(256, dtype=torch.uint8)
+    wrong = wrong[~wrong.view(row.dtype).float().isfinite()]
+    assert len(wrong) == {"fp8_e4m3": 2, "fp8_e5m2": 8}[row.name]
+    for code in wrong:
+        bad = codes.clone()
+        bad[2, 63] = code
+        with pytest.raises(RuntimeError, match=f"codes has NaN or infinite values of {row.name}"):
+            ops.pack_weight(bad, scales, None, str(layout), 64)
+    scales.view(torch.uint8)[3, 1] = 255
+    with pytest.raises(RuntimeError, match="scales has NaN or infinite values"):
+        ops.pack_weight(codes, scales, None, str(layout), 64)
+
+
+def test_combinations_that_do_not_exist_name_those_that_do(isa: str) -> None:
+    layout = Layout("fp8_e4m3", False, 32)
+    weight, x = packed(40, 64, layout), torch.randn(2, 64)
+    with pytest.raises(RuntimeError, match="compute is 'int8' for fp8_e4m3; valid: bf16, fp16, fp32"):
+        ops.quant_linear(x, weight, None, None, str(layout), 40, "int8")
+    for text in ("nf4_asym_g32_f32", "fp8_e4m3_asym_g32_f32", "int4_sym_g32_e8m0", "nf4_sym_g32_e8m0"):
+        with pytest.raises(RuntimeError, match=r"asymmetric is|scale_dtype is|layout is '.*': .* valid for"):
+            ops.quant_linear(x, weight, None, None, text, 40, "fp32")
 
 
 def call(**change: object) -> torch.Tensor:
