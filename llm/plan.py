@@ -298,10 +298,10 @@ class Planner:
         if config is None or name in self.read or config.excluded_by(name) is not None:
             return None
         if isinstance(module, CanonicalLinear):
-            return Scheme(module.layout, config.compute)
+            return Scheme(module.layout, config.compute_for(module.layout))
         if module is self.model.get_output_embeddings():
             layout = config.head_layout()
-            return None if layout is None else Scheme(layout, config.compute)
+            return None if layout is None else Scheme(layout, config.compute_for(layout))
         return Scheme(config.layout(), config.compute, config.fullrange)
 
     def _siblings(self) -> None:
