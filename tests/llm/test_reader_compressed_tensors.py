@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from llmrt.llm.checkpoints.compressed_tensors import CompressedTensorsReader, matches
 from llmrt.llm.checkpoints.reader import Entry
 from llmrt.ops.formats import dequantize
-from torch import Tensor
 
 NAME = "model.layers.0.self_attn.q_proj"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,9 +17,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def config(form="pack-quantized", **weights):
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, **weights}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
-    return {
-        "quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"],
-    }  # fmt: skip
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
 
 
 def packed(values: Tensor, bits: int) -> Tensor:
@@ -133,9 +132,9 @@ def test_act_order(form, bits):
     weight = read(stored, config(form, num_bits=bits, symmetric=False))
     assert weight.perm.dtype == torch.int32 and sorted(weight.perm.tolist()) == list(range(80))
     assert torch.equal(value(weight, 80), stored.weight)
-    x = torch.randn(3, 80)
-    product = x[:, weight.perm.long()] @ dequantize(*weight.canonical, weight.layout, 80).t()
-    torch.testing.assert_close(product, x @ stored.weight.t())
+    x = torch.randn(3, 80).double()
+    product = x[:, weight.perm.long()] @ dequantize(*weight.canonical, weight.layout, 80).t().double()
+    torch.testing.assert_close(product, x @ stored.weight.t().double())
 
 
 def test_unused_act_order():
@@ -158,7 +157,7 @@ def test_targets_and_ignored():
         8,
         4,
     ]
-    assert reader.scheme_of("lm_head") is None and reader.scheme_of("model.layers.1.mlp.down_proj") is None
+    assert reader.scheme_of("lm_head") is reader.scheme_of("model.layers.1.mlp.down_proj") is None
     assert not reader.quantizes("lm_head", {"weight": Entry((4, 8), torch.bfloat16)})
     with pytest.raises(ValueError, match="lm_head is quantized in the checkpoint, but no group"):
         reader.check("lm_head", 64, 4, entries(Stored(4, 64, "pack-quantized", 4, True, 32).tensors))
@@ -186,7 +185,7 @@ def test_bias_and_quantized_activations():
         ({"transform_config": {"config_groups": {"R1": {}}}}, "transform_config is"),
         ({"ignore": "lm_head"}, "ignore is 'lm_head'"),
         ({"ignore": ["re:(a+)+$"]}, "valid: up to 4 repetitions, none of a group"),
-        ({"ignore": ["re:" + ".*" * 9]}, "valid: up to 4 repetitions"),
+        ({"ignore": ["re:" + ".*" * 9]}, "up to 4 repetitions"),
         ({"ignore": ["re:["]}, "unterminated character set"),
     ],
 )
@@ -203,7 +202,6 @@ def test_refused_configurations(change, message):
         ({"type": "float"}, "type 'float'"),
         ({"strategy": "tensor_group", "group_size": 16}, "has strategy 'tensor_group'"),
         ({"group_size": 0}, "group_size 0"),
-        ({"group_size": -(1 << 63)}, "group with a group_size of 8 or more"),
         ({"group_size": 1 << 62}, "group with a group_size of 8 or more"),
         ({"group_size": "128"}, "group_size '128'"),
         ({"symmetric": "no"}, "has symmetric 'no'"),
@@ -214,15 +212,11 @@ def test_refused_weights(change, message):
         CompressedTensorsReader(config(**change))
 
 
-def _cut(t):
-    return t[:, :-1]
-
-
 DAMAGE = [
     ("weight_packed", lambda t: None, "the checkpoint has no .*weight_packed; it has"),
-    ("weight_packed", _cut, r"weight_packed has shape \[6, 9\]; expected \[6, 10\]"),
+    ("weight_packed", lambda t: t[:, :-1], r"weight_packed has shape \[6, 9\]; expected \[6, 10\]"),
     ("weight_packed", lambda t: t.long(), "weight_packed has dtype int64; valid: int32"),
-    ("weight_scale", _cut, r"weight_scale has shape \[6, 2\]; expected \[6, 3\]"),
+    ("weight_scale", lambda t: t[:, :-1], r"weight_scale has shape \[6, 2\]; expected \[6, 3\]"),
     ("weight_scale", lambda t: t.double(), "weight_scale has dtype float64; valid: float32, bfloat16, float16"),
     ("weight_scale", lambda t: t.fill_(float("nan")), "weight_scale has NaN"),
     ("weight_scale", lambda t: t * float("inf"), "weight_scale has NaN or infinite"),
