@@ -12,7 +12,6 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -201,6 +200,8 @@ class _Model:
                 self._set_floats(name, info)
         for name, tensor in self.converted["tensors"].items():
             self._set(name, tensor.to(self.dtype))
+        if isinstance(model.get_output_embeddings(), CanonicalLinear):
+            _untie(model, f"{head_name}.weight")
         model.tie_weights()
         lacking = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
         if lacking:
@@ -288,6 +289,14 @@ class _Model:
         held[leaf] = nn.Parameter(values, requires_grad=False) if held is module._parameters else values
 
 
+def _untie(model: Any, name: str) -> None:
+    """A head in blocks is not the embedding's table."""
+    for part in (model.config, model.config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = False
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    model.all_tied_weights_keys = {a: b for a, b in tied.items() if name not in (a, b)}
+
+
 def _dtype(file: _File) -> torch.dtype:
     kinds = {file.kind(info) for info in file.header.tensors.values()} - {"F32", "F64"}
     return torch.float32 if not kinds else torch.float16 if kinds == {"F16"} else torch.bfloat16
@@ -304,5 +313,11 @@ def _stored_config(model: Any, compute_dtype: str) -> WeightOnlyQuantConfig | No
     if not kinds:
         return None
     floating = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    config = WeightOnlyQuantConfig(kinds.most_common(1)[0][0], compute_dtype, "fp16", group_size=GROUP, lm_head=False)
-    return replace(config, floating_modules=floating)
+    return WeightOnlyQuantConfig(
+        weight_dtype=kinds.most_common(1)[0][0],
+        compute_dtype=compute_dtype,
+        scale_dtype="fp16",
+        group_size=GROUP,
+        lm_head=False,
+        floating_modules=floating,
+    )

@@ -146,7 +146,7 @@ def test_every_weight_is_exact(tmp_path, arch):
 
 def test_types_without_a_counterpart(tmp_path):
     state = tiny_file(tmp_path / "tiny.gguf", linears=Q6_K, embedding=Q6_K, hidden=256)
-    with pytest.raises(ValueError, match=r"no|without an exact counterpart here \(12 Q6_K; exact: Q4_0, Q8_0"):
+    with pytest.raises(ValueError, match=r"without an exact counterpart here \(12 Q6_K; exact: Q4_0, Q8_0"):
         load(tmp_path / "tiny.gguf", dtype=torch.float32, strict=True)
     with pytest.warns(UserWarning, match=r"12 Q6_K.*they stay torch.float32"):
         model = load(tmp_path / "tiny.gguf", dtype=torch.float32, compute_dtype="fp32")
