@@ -22,7 +22,7 @@ ROOMS = {  # room -> rooms and packages it may import, beside itself, the standa
         "passes",
         "transformers",
         "safetensors",
-        "accelerate",
+        "accelerate", "gguf",
         "tokenizers",
         "typer",
         "rich",

@@ -242,7 +242,7 @@ def _grid(name: str, weights: Mapping[str, Any]) -> Grid:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     if strategy in ("tensor", "channel"):
         return Grid(-1 if strategy == "tensor" else 1, -1)
-    if strategy == "group" and _is_size(size):
+    if strategy == "group" and isinstance(size, int) and _is_size(size):
         return Grid(1, size)
     if strategy == "block" and isinstance(block, list | tuple) and len(block) == 2 and all(map(_is_size, block)):
         return Grid(*block)

@@ -69,8 +69,10 @@ def load(
 
 def read_model(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> tuple[Any, dict[str, str]]:
     """Return the model with `CanonicalLinear`s, not yet optimized, and its linears that were dequantized: name -> ggml type."""
+    if dtype not in ("auto", torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype!r}; valid: 'auto', torch.float32, torch.bfloat16, torch.float16")
     file = _File(path)
-    return _Model(file, _dtype(file) if dtype == "auto" else dtype).read()
+    return _Model(file, dtype if isinstance(dtype, torch.dtype) else _dtype(file)).read()
 
 
 class _File:
@@ -100,6 +102,9 @@ class _File:
 
         try:
             fields = load_gguf_checkpoint(self.path, return_tensors=False)["config"]
+            width = self.header.values.get(f"{self.architecture}.attention.key_length")
+            if width is not None:  # transformers reads it for some architectures only
+                fields["head_dim"] = width
             largest = max((max(t.shape) for t in self.header.tensors.values()), default=0)
             for key in _SIZES:
                 if key in fields and not 0 < _largest(fields[key]) <= largest:
