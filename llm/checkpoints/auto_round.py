@@ -60,7 +60,7 @@ class AutoRoundReader:
             self.patterns.append((compile_pattern(_without_sign(key), "dynamic"), excluding))
         excluded = read_names(config, "modules_to_not_convert")
         self.patterns += [(compile_pattern(text, "modules_to_not_convert"), {"bits": 16}) for text in excluded]
-        for _, part in self.patterns:
+        for _, part in (*self.patterns, (None, {})):
             self._merged(part)
 
     def _merged(self, part: Mapping[str, Any]) -> Grouping | None:

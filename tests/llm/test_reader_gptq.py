@@ -23,7 +23,9 @@ def read(values, tensors, k, n, name="model.layers.0.mlp.up_proj"):
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("n, k, group", [(32, 64, 32), (40, 96, -1), (7, 45, 32), (33, 100, 64), (8, 32, 1024)])
+@pytest.mark.parametrize(
+    "n, k, group", [(32, 64, 32), (40, 96, -1), (7, 45, 32), (33, 100, 64), (8, 32, 1024), (1, 8, 8)]
+)
 def test_values_are_exact(version, symmetric, bits, n, k, group):
     weight = random_integers(n, k, group, bits, symmetric)
     kind = {1: "gptq", 2: "gptq_v2"}[version]
