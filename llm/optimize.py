@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from .cache import choose_kv_dtype, stored_dtype
 from .convert import Converter
 from .deployment import undeployable
-from .linear import QuantLinear, SiblingLinear
+from .linear import CanonicalLinear, QuantLinear, SiblingLinear
 from .memory import weight_bytes
 from .plan import Planner, check_weights
 from .quantization import QUANT_METHOD, WeightOnlyQuantConfig
+from .quantized import added_biases, saved_config, stored_config
 from .sharing import share_copy
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,6 +73,8 @@ def optimize(
     _check_arguments(
         model, optimizer, dtype, device, quantization_config, qconfig_summary_file, low_precision_checkpoint
     )
+    if quantization_config is None and any(isinstance(m, CanonicalLinear) for m in model.modules()):
+        quantization_config = stored_config(model)
     stored = stored_dtype(kv_dtype, dtype or model.dtype)
     plan = Planner(model, quantization_config).plan()
     check_weights(model, plan)
@@ -86,6 +87,7 @@ def optimize(
         plan.report.add("", "forward", reason=reason, expected=False)
     if strict:
         plan.report.raise_if_unoptimized()
+    biased = added_biases(model)
     plan.report.bytes_before = weight_bytes(model)
     result = model if inplace else share_copy(model)
     Converter(result, plan, dtype, not inplace, deployment_mode and reason is None, strict).run()
@@ -93,14 +95,13 @@ def optimize(
     result.optimization_report = plan.report
     choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
-        _mark_quantized(result, quantization_config)
+        _mark_quantized(result, quantization_config, biased)
     return result
 
 
-def _mark_quantized(model: Any, config: WeightOnlyQuantConfig) -> None:
+def _mark_quantized(model: Any, config: WeightOnlyQuantConfig, biased: list[str]) -> None:
     """Make `save_pretrained` of a quantized model write what `from_pretrained` needs."""
-    floating = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    saved = replace(config, floating_modules=floating)
+    saved = saved_config(model, config, biased)
     model.config.quantization_config = saved
     model.hf_quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)  # the class is in llm/checkpoints
     model.is_quantized, model.quantization_method = True, QUANT_METHOD
