@@ -60,11 +60,7 @@ class TensorFiles:
 
     def groups(self) -> dict[str, dict[str, Entry]]:
         """Return the entries by what stands before and behind the last dot of their names."""
-        found: dict[str, dict[str, Entry]] = {}
-        for name, entry in self.entries.items():
-            prefix, _, suffix = name.rpartition(".")
-            found.setdefault(prefix, {})[suffix] = entry
-        return found
+        return by_prefix(self.entries)
 
 
 def _open_safetensors(path: str) -> tuple[Any, dict[str, Entry]]:
@@ -93,6 +89,15 @@ def _open_pickle(path: str) -> tuple[dict[str, Tensor], dict[str, Entry]]:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no file of tensors (torch.load with weights_only=True: {first})") from None
     return state, entries_of(state, path)
+
+
+def by_prefix(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """Return entries by what stands before and behind the last dot of their names."""
+    found: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        prefix, _, suffix = name.rpartition(".")
+        found.setdefault(prefix, {})[suffix] = entry
+    return found
 
 
 def entries_of(state: Any, source: str) -> dict[str, Entry]:

@@ -111,14 +111,15 @@ def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
         if linear.bias is not None and "bias" not in found:
             raise ValueError(f"the checkpoint has no {prefix}.bias")
         model.set_submodule(name, StoredLinear(linear, prefix, list(found)))
-    _check_outside(outside, model)
+    check_outside(outside, model)
     if not found_for:
         raise ValueError("quantization_config says that the checkpoint is quantized, but no linear in its files is")
     untie(model)
     check_contents(model, files, names)
 
 
-def _check_outside(outside: list[str], model: Any) -> None:
+def check_outside(outside: list[str], model: Any) -> None:
+    """Raise ValueError if there are quantized weights that no linear of the model takes."""
     if not outside:
         return
     more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
