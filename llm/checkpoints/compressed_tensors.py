@@ -26,6 +26,7 @@ from torch import Tensor
 from ...ops.formats import Layout, join_codes
 from ..linear import Canonical
 from .act_order import columns_by_group
+from .entries import entries_of
 from .fields import canonical_codes, unpack_fields, words
 from .reader import Entry, Weight
 from .scales import SCALE_DTYPES, Grid, check_bias, finite, require
@@ -144,7 +145,7 @@ class CompressedTensorsReader:
     def read(self, name: str, in_features: int, out_features: int, tensors: Mapping[str, Tensor]) -> Weight:
         """Return the weight; see `Reader`."""
         scheme = self._required_scheme(name)
-        self.check(name, in_features, out_features, {key: Entry(tuple(t.shape), t.dtype) for key, t in tensors.items()})
+        self.check(name, in_features, out_features, entries_of(tensors))
         if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [out_features, in_features]:
             shape = tensors["weight_shape"].tolist()
             raise ValueError(f"{name}.weight_shape is {shape}; expected {[out_features, in_features]}, the model's")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...ops.formats import Layout
 from ..linear import Canonical
+from .entries import entries_of
 from .reader import Entry, Weight
 from .scales import SCALE_DTYPES, Grid, check_bias, finite, require, tensor_or_rows
 
@@ -79,7 +80,7 @@ class Fp8BlocksReader:
 
     def read(self, name: str, in_features: int, out_features: int, tensors: Mapping[str, Tensor]) -> Weight:
         """Return the weight; see `Reader`."""
-        found = {key: Entry(tuple(t.shape), t.dtype) for key, t in tensors.items()}
+        found = entries_of(tensors)
         self.check(name, in_features, out_features, found)
         suffix = _suffix(found)
         scales, weight = tensors[suffix], finite(name, "weight", tensors["weight"])

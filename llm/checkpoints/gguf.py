@@ -25,6 +25,7 @@ from .ggml_blocks import EXACT, GROUP, canonical_blocks
 from .gguf_header import Header, TensorInfo, read_header
 from .gguf_rope import FACTORS, rope_scaling
 from .reader import Weight
+from .stored import untie
 
 #: Sizes of a configuration that can be no larger than the largest dimension of a tensor.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads")
@@ -205,8 +206,7 @@ class _Model:
                 self._set_floats(name, info)
         for name, tensor in self.converted["tensors"].items():
             self._set(name, tensor.to(self.dtype))
-        if isinstance(model.get_output_embeddings(), CanonicalLinear):
-            _untie(model, f"{head_name}.weight")
+        untie(model)
         model.tie_weights()
         lacking = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
         if lacking:
@@ -292,14 +292,6 @@ class _Model:
         if tuple(values.shape) != shape:
             raise ValueError(f"{self.file.path}: {name} has shape {list(values.shape)}; expected {list(shape)}")
         held[leaf] = nn.Parameter(values, requires_grad=False) if held is module._parameters else values
-
-
-def _untie(model: Any, name: str) -> None:
-    """A head in blocks is not the embedding's table."""
-    for part in (model.config, model.config.get_text_config(decoder=True)):
-        part.tie_word_embeddings = False
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    model.all_tied_weights_keys = {a: b for a, b in tied.items() if name not in (a, b)}
 
 
 def _dtype(file: _File) -> torch.dtype:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...ops.formats import Layout
 from ..linear import Canonical
+from .entries import entries_of
 from .fp8_blocks import block_size
 from .reader import Entry, Weight
 from .scales import SCALE_DTYPES, Grid, check_bias, finite, require, tensor_or_rows
@@ -64,7 +65,7 @@ class Int8RowsReader:
 
     def read(self, name: str, in_features: int, out_features: int, tensors: Mapping[str, Tensor]) -> Weight:
         """Return the weight; see `Reader`."""
-        found = {key: Entry(tuple(t.shape), t.dtype) for key, t in tensors.items()}
+        found = entries_of(tensors)
         self.check(name, in_features, out_features, found)
         suffix = _suffix(found)
         form = int(tensors["weight_format"]) if "weight_format" in tensors else 0

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from integer_packers import pack_rows
 
 from llmrt.llm.checkpoints.fields import canonical_codes, unpack_fields, words
 from llmrt.ops.formats import split_codes
-
-
-def pack(fields: list[list[int]], bits: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    """Pack rows into words through one big Python integer, lowest bit first."""
-    size = torch.iinfo(dtype).bits
-    rows = []
-    for row in fields:
-        stream = sum(value << (i * bits) for i, value in enumerate(row))
-        count = words(len(row), bits, size)
-        unsigned = [(stream >> (w * size)) & ((1 << size) - 1) for w in range(count)]
-        rows.append([u - (1 << size) if dtype.is_signed and u >> (size - 1) else u for u in unsigned])
-    return torch.tensor(rows, dtype=dtype)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("count", [1, 7, 8, 20, 32, 33, 96])
 def test_fields_come_back(bits, count):
     fields = torch.randint(0, 1 << bits, (3, count))
-    packed = pack(fields.tolist(), bits)
+    packed = pack_rows(fields, bits)
     assert packed.shape == (3, words(count, bits))
     assert torch.equal(unpack_fields(packed, bits, count), fields.to(torch.uint8))
     codes = canonical_codes(packed, bits, count)
@@ -37,12 +26,12 @@ def test_fields_come_back(bits, count):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.uint32])
 def test_word_size_does_not_matter(dtype):
     fields = torch.randint(0, 16, (2, 24))
-    assert torch.equal(unpack_fields(pack(fields.tolist(), 4, dtype), 4, 24), fields.to(torch.uint8))
+    assert torch.equal(unpack_fields(pack_rows(fields, 4, dtype), 4, 24), fields.to(torch.uint8))
 
 
 def test_a_transposed_matrix_is_read_by_rows():
     fields = torch.randint(0, 8, (5, 32))
-    stored = pack(fields.tolist(), 3).t().contiguous()
+    stored = pack_rows(fields, 3).t().contiguous()
     assert stored.shape == (3, 5)
     assert torch.equal(unpack_fields(stored.t(), 3, 32), fields.to(torch.uint8))
 

@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from llmrt.llm.quantized import quantized_linears
 from models import CountOperators, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llmrt import llm
+from llmrt.llm.quantized import quantized_linears
 
 
 def in_words(codes: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import transformers
 from gguf_files import BF16, F16, F32, IQ4_NL, Q4_0, Q5_0, Q6_K, Q8_0, blocks, floats, write
 from models import CountOperators
 
+from llmrt import llm
 from llmrt.llm.checkpoints.ggml_blocks import canonical_blocks
 from llmrt.llm.checkpoints.gguf import load, read_model
 from llmrt.llm.linear import CanonicalLinear
@@ -121,13 +122,18 @@ def plain_model(model, state):
     ],
 )
 def test_logits_are_those_of_the_dequantized_model(tmp_path, arch, options):
-    state = tiny_file(tmp_path / "tiny.gguf", arch, **options)
-    model = load(tmp_path / "tiny.gguf", dtype=torch.float32, compute_dtype="fp32")
+    state, quantized = tiny_file(tmp_path / "tiny.gguf", arch, **options), options["linears"] != F16
+    options = {"dtype": torch.float32, "compute_dtype": "fp32"}
+    model = llm.AutoModelForCausalLM.from_pretrained(tmp_path / "tiny.gguf", **options)
     ids = torch.arange(14).view(2, 7) + 3
     with CountOperators() as calls:
         logits = model(ids, use_cache=False).logits
-    assert (calls["quant_linear"] > 0) == (options["linears"] != F16)
+    assert (calls["quant_linear"] > 0) == quantized
     torch.testing.assert_close(logits, plain_model(model, state)(ids).logits, rtol=1e-4, atol=1e-4)
+    if calls["quant_linear"]:
+        model.save_pretrained(tmp_path / "saved")
+        again = llm.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **options)
+        assert torch.equal(again(ids, use_cache=False).logits, logits)
     assert model.generate(ids[:1], max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 10)
 
 
