@@ -9,6 +9,7 @@ from llmrt import llm
 from llmrt.llm.checkpoints.ggml_blocks import canonical_blocks
 from llmrt.llm.checkpoints.gguf import load, read_model
 from llmrt.llm.linear import CanonicalLinear
+from llmrt.llm.quantized import quantized_linears
 from llmrt.ops.formats import dequantize
 
 gguf = pytest.importorskip("gguf")
@@ -158,6 +159,10 @@ def test_types_without_a_counterpart(tmp_path):
         model = load(tmp_path / "tiny.gguf", dtype=torch.float32, compute_dtype="fp32")
     ids = torch.arange(7).view(1, 7)
     torch.testing.assert_close(model(ids).logits, plain_model(model, state)(ids).logits, rtol=1e-3, atol=1e-3)
+    anew = llm.WeightOnlyQuantConfig(weight_dtype="int4", group_size=64)
+    model = load(tmp_path / "tiny.gguf", quantization_config=anew)
+    layouts = {linear.name.rpartition(".")[2]: str(linear.layout) for linear in quantized_linears(model)}
+    assert layouts["down_proj"] == "int8_sym_g32_f16" and layouts["up_proj"] == "int4_sym_g64_bf16"
 
 
 @pytest.mark.parametrize("kind", [Q4_0, Q5_0, Q8_0, IQ4_NL])
