@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from . import auto_round, awq, gptq
 from .reader import Reader
 
 #: (whether a `quantization_config` is the format's, the reader's class), asked in this order.
-READERS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any]], Reader]], ...] = ()
+READERS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any]], Reader]], ...] = (
+    (gptq.matches, gptq.GptqReader),
+    (awq.matches, awq.AwqReader),
+    (auto_round.matches, auto_round.AutoRoundReader),
+)
 
 
 def find_reader(config: Mapping[str, Any]) -> Reader:
