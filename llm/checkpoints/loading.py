@@ -116,7 +116,7 @@ class AutoModelForCausalLM:
             check_index(path)
         hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
         config, kwargs = _configuration(path, hub, kwargs)
-        stored = _stored_quantization(config, path)
+        stored = stored_quantization(config, path)
         if stored is not None:
             _refuse_twice(path, stored, wanted)
             _take_over(config, stored)
@@ -217,7 +217,7 @@ def _configuration(path: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> tu
     return config, {key: value for key, value in rest.items() if key not in hub}
 
 
-def _stored_quantization(config: Any, path: str) -> dict[str, Any] | None:
+def stored_quantization(config: Any, path: str) -> dict[str, Any] | None:
     """Return what a checkpoint says of its quantization, or None if it is floating point."""
     for part in (config, config.get_text_config(decoder=True)):
         found = getattr(part, "quantization_config", None)

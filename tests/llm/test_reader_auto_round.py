@@ -65,6 +65,32 @@ def test_old_writers_say_it_in_backend():
     assert not matches({"quant_method": "gptq"})
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"])
+def test_packers_of_the_package(packing, bits):
+    """What AutoRound itself packs, where it is installed."""
+    weight = random_integers(64, 96, 32, bits)
+    linear = torch.nn.Linear(96, 64)
+    linear.weight.data = weight.weight.float()
+    scales, zeros = weight.scales.float(), weight.zeros.float()
+    if "awq" in packing:
+        if bits != 4:
+            pytest.skip("AWQ has 4 bits")
+        package = pytest.importorskip("auto_round.export.export_to_awq.utils")
+        scales, zeros = scales.t().contiguous(), zeros.t().contiguous()
+        layer = package.WQLinear_GEMM.from_linear(linear, 4, 32, scales=scales, zeros=zeros, device="cpu")
+    else:
+        name = "qlinear_torch_zp" if "gptq" in packing else "qlinear_torch"
+        package = pytest.importorskip(f"auto_round_extension.torch.{name}")
+        layer = package.QuantLinear(bits, 32, 96, 64, True)
+        layer.device = torch.device("cpu")
+        layer.pack(linear, scales, zeros, None, device="cpu")
+    tensors = {key: getattr(layer, key) for key in ("qweight", "qzeros", "scales", "bias")}
+    found = AutoRoundReader({**GOOD, "packing_format": packing, "bits": bits}).read("up", 96, 64, tensors)
+    assert torch.equal(dense(found, 96), weight.weight)
+    assert torch.equal(found.bias.float(), linear.bias.half().float())
+
+
 def test_layers_of_their_own():
     extra = {
         "model.layers.0.mlp.gate": {"bits": 8, "group_size": -1, "sym": True},
