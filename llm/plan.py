@@ -306,9 +306,9 @@ class Planner:
         if config is None or name in self.read or config.excluded_by(name) is not None:
             return None
         if isinstance(module, CanonicalLinear):
-            return Scheme(module.layout, config.compute_of(module.layout))
+            return Scheme(module.layout, config.compute_for(module.layout))
         layout = config.layout_of(name, module is self.model.get_output_embeddings())
-        return None if layout is None else Scheme(layout, config.compute_of(layout), config.rounds_fullrange(layout))
+        return None if layout is None else Scheme(layout, config.compute_for(layout), config.rounds_fullrange(layout))
 
     def _siblings(self) -> None:
         groups = dict.fromkeys(row.siblings for row in self.rows if row.siblings)

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..ops.formats import FORMATS, SCALE_DTYPES, Layout
-from ..ops.linear import COMPUTES
+from .. import _C
+from ..ops.formats import COMPUTES, FORMATS, SCALE_DTYPES, Layout, combinations
 
 QUANT_METHOD = "llmrt"
 #: Spellings of the predecessors: weight dtype -> (format, every code used).
@@ -19,8 +19,12 @@ _SPELLINGS = {
     "int4_fullrange": ("int4", True),
     "s4": ("int4", False),
     "s8": ("int8", False),
+    "fp8": ("fp8_e4m3", False),
+    "fp4": ("fp4_e2m1", False),
 }
-_SCALE_SPELLINGS = {"fp32": "f32", "float32": "f32", "bfloat16": "bf16", "fp16": "f16", "float16": "f16"}
+_SCALE_SPELLINGS = {"fp32": "f32", "float32": "f32", "bfloat16": "bf16", "fp16": "f16", "float16": "f16", "fp8": "e8m0"}
+#: Tiers with dot products of bfloat16.
+_BF16_TIERS = ("avx512_bf16", "amx")
 
 
 @dataclass
@@ -28,12 +32,12 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
     """Weight-only quantization: weights of linear layers in few bits, activations in floating point between layers.
 
     Args:
-        weight_dtype: "int4" or "int8". Also "int4_clip" (= int4: scale absmax / 7) and "int4_fullrange" (scale from the signed
-            extreme / -8, so that all 16 codes are used).
-        compute_dtype: of the product: "int8" (activations rounded to 8 bits per row and group), "bf16", "fp16", "fp32", or
-            "auto" = int8, the fastest on every CPU.
-        scale_dtype: "bf16", "fp32" or "fp16".
-        scheme: "sym" or "asym" (a zero point per group).
+        weight_dtype: "int4", "int8", "nf4", "fp4_e2m1" (or "fp4"), "fp8_e4m3" (or "fp8") or "fp8_e5m2". Also "int4_clip" (= int4:
+            scale absmax / 7) and "int4_fullrange" (scale from the signed extreme / -8, so that all 16 codes are used).
+        compute_dtype: of the product: "int8" (activations rounded to 8 bits per row and group; not of fp8 weights), "bf16", "fp16",
+            "fp32", or "auto", the fastest of each weight: int8, for fp8 weights bf16 (fp32 on a CPU without bfloat16 products).
+        scale_dtype: "bf16", "fp32" or "fp16"; of fp8 weights also "e8m0" (or "fp8"), powers of two in a byte.
+        scheme: "sym" or "asym" (a zero point per group; int4 and int8 only).
         group_size: input features that share a scale: 32, 64, 128, any number from 8 on, or -1 for whole rows.
         method: "rtn", rounding to nearest.
         modules_to_not_convert: names, parts of names ("q_proj", "layers.0") or patterns ("*.mlp.*") of linears that stay as they
@@ -52,7 +56,7 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
         source: what a conversion was made from ("gptq", "awq", ...), for information; written at saving.
         quant_method: "llmrt", how transformers finds the reader.
         alg: the predecessors' name of scheme.
-        load_in_4bit, load_in_8bit: the predecessors' way to say int4 or int8.
+        load_in_4bit, load_in_8bit: the predecessors' way to say a dtype of 4 or 8 bits: int4 or int8, unless weight_dtype is one.
         use_ggml: Q4_0 / Q8_0 numbers: groups of 32, float16 scales, symmetric.
         use_gptq: not here yet; raises.
 
@@ -86,13 +90,12 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
         _one_of("quant_method", self.quant_method, (QUANT_METHOD,))
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both True; pass one")
-        if self.load_in_8bit:
-            self.weight_dtype = "int8"
-        elif self.load_in_4bit and not str(self.weight_dtype).startswith("int4"):
-            self.weight_dtype = "int4"
         self.scheme = self.alg or self.scheme
         if self.weight_dtype in _SPELLINGS:
             self.weight_dtype, self.fullrange = _SPELLINGS[self.weight_dtype]
+        for wanted, bits in ((self.load_in_4bit, 4), (self.load_in_8bit, 8)):
+            if wanted and not (self.weight_dtype in FORMATS and FORMATS[self.weight_dtype].bits == bits):
+                self.weight_dtype = f"int{bits}"
         if self.use_ggml:
             self.group_size, self.scale_dtype, self.scheme, self.fullrange = (
                 32,
@@ -102,9 +105,9 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
             )
         self.alg, self.load_in_4bit, self.load_in_8bit, self.use_ggml = None, False, False, False
         self.scale_dtype = _SCALE_SPELLINGS.get(self.scale_dtype, self.scale_dtype)
-        _one_of("weight_dtype", self.weight_dtype, (*FORMATS, "int4_clip", "int4_fullrange"))
+        _one_of("weight_dtype", self.weight_dtype, (*FORMATS, "fp8", "fp4", "int4_clip", "int4_fullrange"))
         _one_of("compute_dtype", self.compute_dtype, ("auto", *COMPUTES))
-        _one_of("scale_dtype", self.scale_dtype, (*SCALE_DTYPES, "bf16", "fp32", "fp16"))
+        _one_of("scale_dtype", self.scale_dtype, ("bf16", "fp32", "fp16", "e8m0", "fp8", *SCALE_DTYPES))
         _one_of("scheme", self.scheme, ("sym", "asym"))
         _one_of("method", self.method, ("rtn",))
         _one_of("lm_head", self.lm_head, (True, False, "int8", "int4"))
@@ -116,6 +119,15 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
             raise ValueError("fullrange (int4_fullrange) is symmetric; scheme 'asym' uses every code anyway")
         if isinstance(self.modules_to_not_convert, str):
             self.modules_to_not_convert = [self.modules_to_not_convert]
+        row, compute = FORMATS[self.weight_dtype], self.compute_dtype
+        fits = (row.integer or self.scheme == "sym") and self.scale_dtype in row.scale_names
+        if not fits or compute not in ("auto", *row.computes):
+            raise ValueError(
+                f"weight_dtype {row.name!r}, scheme {self.scheme!r}, scale_dtype {self.scale_dtype!r} and compute_dtype "
+                f"{compute!r} do not go together; those that exist:\n{combinations()}"
+            )
+        if self.fullrange and not row.integer:
+            raise ValueError(f"fullrange is True for {row.name!r}; it is of integers (int4, int8)")
         self._check_names()
         try:
             self.layout()
@@ -145,10 +157,6 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
             return Layout.parse(self.layouts[name])
         return self.head_layout() if head else self.layout()
 
-    def compute_of(self, layout: Layout) -> str:
-        """Return the compute of a weight of this layout."""
-        return self.compute
-
     def rounds_fullrange(self, layout: Layout) -> bool:
         """Return whether quantizing to this layout uses the signed extreme / -8."""
         return self.fullrange and layout == self.layout()
@@ -162,13 +170,29 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
         if self.lm_head is False:
             return None
         if self.lm_head == "int4":
-            return replace(self.layout(), weight_dtype="int4")
-        return Layout("int8", False, -1, SCALE_DTYPES[self.scale_dtype])
+            scale = SCALE_DTYPES["bf16" if self.scale_dtype == "e8m0" else self.scale_dtype]
+            return replace(self.layout(), weight_dtype="int4", scale_dtype=scale)
+        return Layout("int8", False, -1, SCALE_DTYPES["bf16" if self.scale_dtype == "e8m0" else self.scale_dtype])
 
     @property
     def compute(self) -> str:
-        """The compute that "auto" stands for."""
-        return "int8" if self.compute_dtype == "auto" else self.compute_dtype
+        """The compute of the linears other than the head, "auto" resolved."""
+        return self.compute_for(self.layout())
+
+    def compute_for(self, layout: Layout) -> str:
+        """Return the compute of a linear with this layout, which may come from a checkpoint; "auto" is the fastest.
+
+        Raises:
+            ValueError: the format does not have the compute that was asked for.
+        """
+        computes = layout.format.computes
+        if self.compute_dtype == "auto":
+            return "int8" if "int8" in computes else "bf16" if _C.cpu_isa() in _BF16_TIERS else "fp32"
+        if self.compute_dtype not in computes:
+            raise ValueError(
+                f"compute_dtype is {self.compute_dtype!r} for weights of {layout}; those that exist:\n{combinations()}"
+            )
+        return self.compute_dtype
 
     def excluded_by(self, name: str) -> str | None:
         """Return the entry of modules_to_not_convert that matches a module's full name, or None."""

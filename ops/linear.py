@@ -10,11 +10,15 @@ from torch.nn.functional import gelu, pad, relu, silu
 
 from .check import check, check_dtype, check_floating, check_shape
 from .formats import (
+    COMPUTES,
+    FORMATS,
+    SCALE_DTYPES,
     TILE_K,
     TILE_N,
     Geometry,
     Layout,
     check_canonical,
+    check_finite,
     dequantize,
     interleave_gate_up,
     join_codes,
@@ -24,7 +28,6 @@ from .formats import (
 from .norm import wide
 from .operator import Sample, operator
 
-COMPUTES = ("int8", "bf16", "fp16", "fp32")
 EPILOGUES = ("none", "relu", "silu", "gelu", "gelu_tanh", "add", "mul", "silu_mul", "gelu_mul", "gelu_tanh_mul")
 GATED = ("silu_mul", "gelu_mul", "gelu_tanh_mul")
 
@@ -63,12 +66,12 @@ def pack_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, layout: str
 
     A tile is rows of 64 bytes. 8 bit: row 2 * k4 + half holds outputs 16 * half .. + 15 with 4 bytes each, inputs 4 * k4 .. + 3.
     4 bit: row 2 * k8 + half, the low nibbles of an output's 4 bytes are inputs 8 * k8 .. + 3, the high ones + 4 .. + 7. Behind the
-    codes stand the scales [segments][32] and, if asymmetric, the zeros, uint8 [segments][32]; outputs and inputs that do not
-    exist have scale 0.
+    codes stand the scales [segments][32] and, if asymmetric, the zeros, uint8 [segments][32]; the codes and scales of outputs and
+    inputs that do not exist are bytes of 0.
 
     Args:
         codes: uint8 [N, ceil(K * bits / 8)].
-        scales: [N, G], finite, of the layout's scale dtype.
+        scales: [N, G], finite, of the layout's scale dtype; so are the values of codes that are floats.
         zeros: uint8 [N, G] when the layout is asymmetric, else None.
         layout: text of a `Layout`.
         in_features: K.
@@ -77,11 +80,11 @@ def pack_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, layout: str
         uint8 [ceil(N / 32), tiles, tile_bytes].
 
     Raises:
-        RuntimeError: a tensor does not fit the layout, or a scale is NaN or infinite.
+        RuntimeError: a tensor does not fit the layout, or a scale or a code of floats is NaN or infinite.
     """
     form = Layout.parse(layout)
     sizes = check_canonical(codes, scales, zeros, form, in_features)
-    check(bool(torch.isfinite(scales).all()), "scales has NaN or infinite values")
+    check_finite(codes, scales, form)
     x = pad(_pad_groups(split_codes(codes, form.format.bits, in_features), sizes), (0, 0, 0, -codes.shape[0] % TILE_N))
     blocks = x.shape[0] // TILE_N
     if form.format.bits == 4:
@@ -90,7 +93,8 @@ def pack_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, layout: str
     else:
         x = x.view(blocks, 2, 16, sizes.tiles, 32, 4)
     parts = [x.permute(0, 3, 4, 1, 2, 5).reshape(blocks, sizes.tiles, sizes.code_bytes)]
-    parts.append(_pad_segments(scales, sizes).contiguous().view(torch.uint8))
+    stored = scales.view(torch.uint8) if scales.itemsize == 1 else scales  # torch cannot pad float8_e8m0fnu
+    parts.append(_pad_segments(stored, sizes).contiguous().view(torch.uint8))
     if zeros is not None:
         parts.append(_pad_segments(zeros, sizes))
     packed = torch.cat(parts, -1)
@@ -185,6 +189,8 @@ def _check_linear(
     check_floating(x, "x")
     check(x.dim() >= 1, "x is a scalar; expected [..., K]")
     check(compute in COMPUTES, f"compute is {compute!r}; valid: {', '.join(COMPUTES)}")
+    row = Layout.parse(layout).format
+    check(compute in row.computes, f"compute is {compute!r} for {row.name}; valid: {', '.join(row.computes)}")
     check(epilogue in EPILOGUES, f"epilogue is {epilogue!r}; valid: {', '.join(EPILOGUES)}")
     rows = 2 * (-(-out_features // 16) * 16) if epilogue in GATED else out_features
     sizes = _check_packed(weight, layout, rows, x.shape[-1], "weight")
@@ -216,8 +222,8 @@ def quant_linear(
 
     With compute "int8", x is first rounded to 8 bits per row and segment (`quantize_activations`), products and the sums of a
     segment are exact integers and C[m, n] = sum_g sA[m, g] * sW[n, g] * (sum_k qA * qW - zW[n, g] * sum_k qA) in float32 (the
-    algebra of ONNX Runtime's MLAS). "bf16": x is rounded to bfloat16 and codes enter the product exactly. "fp32" and "fp16":
-    float32 arithmetic.
+    algebra of ONNX Runtime's MLAS). "bf16": x is rounded to bfloat16. "fp32" and "fp16": float32 arithmetic. Codes enter
+    the product exactly, except those of nf4: as multiples of 1/127 in "int8", as bfloat16 in "bf16" (`Format.values`).
 
     Args:
         x: [..., K] float32, bfloat16 or float16.
@@ -226,7 +232,7 @@ def quant_linear(
         other: [..., out_features] in the dtype of x, for the epilogues add and mul; else None.
         layout: text of a `Layout`.
         out_features: width of the output. N, or for the gated epilogues half of the weight's rows.
-        compute: int8, bf16, fp16 or fp32.
+        compute: int8, bf16, fp16 or fp32; floats of 8 bits have no int8.
         epilogue: none; relu, silu, gelu, gelu_tanh; add, mul (with `other`); silu_mul, gelu_mul, gelu_tanh_mul: act(gate) * up of a
             weight whose rows (and bias) come from `interleave_gate_up`.
 
@@ -240,7 +246,7 @@ def quant_linear(
     codes, scales, zeros = unpack_weight.reference(weight, layout, rows, x.shape[-1])
     v = wide(x).flatten(0, -2) if x.dim() > 1 else wide(x).unsqueeze(0)
     form = Layout.parse(layout)
-    w = dequantize(codes, scales.to(v.dtype), zeros if form.asymmetric else None, form, x.shape[-1])
+    w = dequantize(codes, scales.to(v.dtype), zeros if form.asymmetric else None, form, x.shape[-1], compute)
     v = quantize_activations(v, sizes) if compute == "int8" else v.bfloat16().to(v.dtype) if compute == "bf16" else v
     y = v @ w.T
     if bias is not None:
@@ -274,17 +280,12 @@ def _weight(n: int, k: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor | No
     return quantize(torch.randn(n, k) / k**0.5, layout)
 
 
+_GROUPS = ((32, "bf16"), (64, "f16"), (128, "bf16"), (-1, "f32"), (100, "f32"))
 LAYOUTS = tuple(
-    Layout(name, asymmetric, group, scale)
-    for name in ("int4", "int8")
-    for asymmetric in (False, True)
-    for group, scale in (
-        (32, torch.bfloat16),
-        (64, torch.float16),
-        (128, torch.bfloat16),
-        (-1, torch.float32),
-        (100, torch.float32),
-    )
+    Layout(name, asymmetric, group, SCALE_DTYPES[scale])
+    for name, row in FORMATS.items()
+    for asymmetric in ((False, True) if row.integer else (False,))
+    for group, scale in (*_GROUPS, *(((32, "e8m0"), (-1, "e8m0")) if "e8m0" in row.scale_names else ()))
 )
 
 
@@ -328,7 +329,7 @@ def _linear_sample(
 def _(dtype: torch.dtype) -> Iterator[Sample]:
     shapes = (((1,), 33, 256), ((2, 3), 64, 300), ((13,), 7, 131), ((1, 40), 96, 128))
     for i, layout in enumerate(LAYOUTS):
-        for j, compute in enumerate(("int8", "bf16", "fp32")):
+        for j, compute in enumerate(c for c in layout.format.computes if c != "fp16"):
             m, n, k = shapes[(i + j) % len(shapes)]
             yield _linear_sample(m, n, k, layout, dtype, compute, "none", bool((i + j) % 2))
     for i, epilogue in enumerate(EPILOGUES):

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from .check import check, check_floating
-from .formats import FORMATS, Geometry, Layout, quantize
+from .formats import FORMATS, SCALE_DTYPES, Geometry, Layout, check_fullrange, quantize
 from .operator import Sample, operator
 
 
 def _check(weight: Tensor, layout: str, fullrange: bool) -> Geometry:
     check(weight.dim() == 2, f"weight has {weight.dim()} dimensions; expected [N, K]")
     check_floating(weight, "weight")
-    check(not (fullrange and Layout.parse(layout).asymmetric), f"fullrange is True for the asymmetric layout {layout}")
-    return Layout.parse(layout).geometry(weight.shape[1])
+    form = Layout.parse(layout)
+    check_fullrange(fullrange, form)
+    return form.geometry(weight.shape[1])
 
 
 @operator(exact=True)
@@ -29,7 +30,7 @@ def quantize_weight(weight: Tensor, layout: str, fullrange: bool = False) -> tup
     Args:
         weight: [N, K] float32, bfloat16 or float16, finite.
         layout: text of a `Layout`.
-        fullrange: symmetric only: scale from the signed value of largest magnitude, so that every code is used.
+        fullrange: symmetric integers only: scale from the signed value of largest magnitude, so that every code is used.
 
     Returns:
         (codes uint8 [N, ceil(K * bits / 8)], scales [N, G], zeros uint8 [N, G], or [N, 0] when symmetric).
@@ -67,16 +68,19 @@ def _special(n: int, k: int) -> Tensor:
 
 @quantize_weight.samples
 def _(dtype: torch.dtype) -> Iterator[Sample]:
-    for name in FORMATS:
-        for asymmetric, fullrange in ((False, False), (True, False), (False, True)):
+    for name, row in FORMATS.items():
+        for asymmetric, fullrange in ((False, False), (True, False), (False, True))[: 3 if row.integer else 1]:
             for group, scale, n, k in (
-                (32, torch.bfloat16, 7, 300),
-                (128, torch.float32, 9, 256),
-                (-1, torch.bfloat16, 8, 131),
-                (100, torch.float16, 12, 201),
-                (9, torch.float32, 7, 41),
+                (32, "bf16", 7, 300),
+                (128, "f32", 9, 256),
+                (-1, "bf16", 8, 131),
+                (100, "f16", 12, 201),
+                (9, "f32", 7, 41),
+                (32, "e8m0", 11, 75),
             ):
-                layout = Layout(name, asymmetric, group, scale)
+                if scale not in row.scale_names:
+                    continue
+                layout = Layout(name, asymmetric, group, SCALE_DTYPES[scale])
                 weight = _special(n, k).to(dtype).nan_to_num(posinf=3e4, neginf=-3e4)
                 yield Sample(f"{layout} {fullrange} {n}x{k}", (weight, str(layout), fullrange))
     wide = torch.randn(4, 3 * 64, dtype=dtype)

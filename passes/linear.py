@@ -351,7 +351,7 @@ def _scales(scales: Tensor, narrow: torch.dtype) -> Tensor:
 
 def _layouts(group: int, scale_dtype: torch.dtype) -> list[ops.Layout]:
     """Return the layouts to try, the smallest first."""
-    formats = sorted(ops.FORMATS.values(), key=lambda row: row.bits)
+    formats = sorted((row for row in ops.FORMATS.values() if row.integer), key=lambda row: row.bits)
     return [ops.Layout(row.name, asymmetric, group, scale_dtype) for row in formats for asymmetric in (False, True)]
 
 

@@ -23,6 +23,7 @@ ROOMS = {  # room -> rooms and packages it may import, beside itself, the standa
         "transformers",
         "safetensors",
         "accelerate",
+        "gguf",
         "tokenizers",
         "typer",
         "rich",

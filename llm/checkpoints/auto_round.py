@@ -26,7 +26,7 @@ _METHODS = ("auto-round", "auto_round", "autoround", "intel/auto-round")
 #: Bits of a layer that stays floating point.
 _FLOATING_BITS = (16, 32)
 #: Parts of a packing_format that name a kernel, not a layout.
-_KERNELS = {"exllama", "exllamav1", "exllamav2", "marlin", "triton", "tritonv2", "torch", "cuda", "ipex"}
+_KERNEL = re.compile(r"ex[a-z]+(v\d)?|marlin|triton(v\d)?|torch")
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -60,7 +60,7 @@ class AutoRoundReader:
             self.patterns.append((compile_pattern(_without_sign(key), "dynamic"), excluding))
         excluded = read_names(config, "modules_to_not_convert")
         self.patterns += [(compile_pattern(text, "modules_to_not_convert"), {"bits": 16}) for text in excluded]
-        for _, part in self.patterns:
+        for _, part in (*self.patterns, (None, {})):
             self._merged(part)
 
     def _merged(self, part: Mapping[str, Any]) -> Grouping | None:
@@ -116,7 +116,7 @@ def _packing(config: Mapping[str, Any]) -> tuple[str, int]:
     default = backend if backend.startswith("auto_round") else "auto_round:auto_gptq"
     text = read_text(config, "packing_format", default)
     parts = [part for part in text.split(":") if part not in ("auto_round", "auto")]
-    layout = parts[0] if parts and parts[0] not in _KERNELS else ""
+    layout = parts[0] if parts and not _KERNEL.fullmatch(parts[0]) else ""
     if layout in ("auto_awq", "awq"):
         return "awq", 0
     if layout in ("auto_gptq", "gptq") or text == "auto":

@@ -23,7 +23,8 @@ def words(count: int, bits: int, word_bits: int = 32) -> int:
 
 def as_bytes(packed: Tensor) -> Tensor:
     """Return the bytes of the rows of an integer matrix [R, W]: uint8 [R, W * itemsize], lowest byte first."""
-    return packed.contiguous().view(torch.uint8)
+    rows, width = packed.shape
+    return packed.reshape(-1).view(torch.uint8).view(rows, width * packed.element_size())
 
 
 def unpack_fields(packed: Tensor, bits: int, count: int) -> Tensor:

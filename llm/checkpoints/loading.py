@@ -18,6 +18,7 @@ from ..linear import CanonicalLinear
 from ..optimize import optimize
 from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
 from ..quantized import stored_config
+from . import gguf
 from .files import check_index
 from .importing import IMPORT_METHOD
 from .native import check_device_map
@@ -105,6 +106,12 @@ class AutoModelForCausalLM:
             wanted = replace(wanted, compute_dtype=compute_dtype)
         path = os.fspath(path)
         check_device_map(kwargs.get("device_map"))
+        if path.endswith(".gguf"):
+            unknown = sorted(set(kwargs) - {"device_map", *_HUB})
+            if unknown:
+                raise ValueError(f"{path} is a GGUF file, for which {', '.join(unknown)} has no meaning; leave it out")
+            options = {"kv_dtype": kv_dtype, "deployment_mode": deployment_mode}
+            return gguf.load(path, floats, wanted, compute_dtype or "auto", strict, **options)
         if os.path.isdir(path):
             check_index(path)
         hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import auto_round, awq, gptq
+from . import auto_round, awq, compressed_tensors, fp8_blocks, gptq, int8_rows
 from .reader import Reader
 
 #: (whether a `quantization_config` is the format's, the reader's class), asked in this order.
@@ -13,6 +13,9 @@ READERS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str,
     (gptq.matches, gptq.GptqReader),
     (awq.matches, awq.AwqReader),
     (auto_round.matches, auto_round.AutoRoundReader),
+    (compressed_tensors.matches, compressed_tensors.CompressedTensorsReader),
+    (fp8_blocks.matches, fp8_blocks.Fp8BlocksReader),
+    (int8_rows.matches, int8_rows.Int8RowsReader),
 )
 
 

@@ -7,7 +7,7 @@ import torch
 from models import CountOperators, dequantized, error, padded_batch, tiny_model
 from torch import nn
 
-from llmrt import llm
+from llmrt import _C, llm
 from llmrt.llm.linear import CanonicalLinear, LinearGroup, Scheme, SiblingLinear
 from llmrt.ops.formats import Layout
 
@@ -26,6 +26,9 @@ G32 = Scheme(Layout("int4", False, 32, torch.bfloat16), "fp32")
         ({"use_ggml": True}, "int4_sym_g32_f16 fullrange"),
         ({"use_ggml": True, "weight_dtype": "int8"}, "int8_sym_g32_f16"),
         ({"scale_dtype": "float16", "group_size": 50}, "int4_sym_g50_f16"),
+        ({"weight_dtype": "nf4", "group_size": 64}, "nf4_sym_g64_bf16"),
+        ({"weight_dtype": "fp4", "scale_dtype": "fp32"}, "fp4_e2m1_sym_g128_f32"),
+        ({"weight_dtype": "nf4", "load_in_4bit": True}, "nf4_sym_g128_bf16"),
     ],
     ids=str,
 )
@@ -38,12 +41,48 @@ def test_spellings(options: dict[str, Any], expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "layout"),
+    [
+        ({"weight_dtype": "fp8"}, "fp8_e4m3_sym_g128_bf16"),
+        ({"weight_dtype": "fp8_e5m2", "scale_dtype": "fp8", "group_size": 32}, "fp8_e5m2_sym_g32_e8m0"),
+        ({"weight_dtype": "fp8", "load_in_8bit": True, "group_size": -1}, "fp8_e4m3_sym_channel_bf16"),
+    ],
+    ids=str,
+)
+def test_floats_of_8_bits_compute_as_floats(options: dict[str, Any], layout: str) -> None:
+    config = llm.WeightOnlyQuantConfig(**options)
+    assert str(config.layout()) == layout and str(config.head_layout()) == "int8_sym_channel_bf16"
+    assert config.compute == ("bf16" if _C.cpu_isa() in ("avx512_bf16", "amx") else "fp32")
+    assert config.compute_for(config.head_layout()) == "int8"
+    assert llm.WeightOnlyQuantConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_dtype": "fp8", "compute_dtype": "int8"},
+        {"weight_dtype": "nf4", "scheme": "asym"},
+        {"weight_dtype": "int4", "scale_dtype": "e8m0"},
+    ],
+    ids=str,
+)
+def test_a_combination_that_does_not_exist_lists_those_that_do(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"do not go together; those that exist:\n  int4: sym, asym; scales f32, bf16"):
+        llm.WeightOnlyQuantConfig(**options)
+    config = llm.WeightOnlyQuantConfig(compute_dtype="int8")
+    with pytest.raises(
+        ValueError, match="compute_dtype is 'int8' for weights of fp8_e4m3_sym_g128_f32; those that exist"
+    ):
+        config.compute_for(Layout.parse("fp8_e4m3_sym_g128_f32"))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight_dtype": "nf4"}, "weight_dtype is 'nf4'; valid: 'int4', 'int8', 'int4_clip', 'int4_fullrange'"),
-        ({"weight_dtype": "fp8"}, "weight_dtype is 'fp8'; valid"),
+        ({"weight_dtype": "nf3"}, "weight_dtype is 'nf3'; valid: 'int4', 'int8', 'nf4', 'fp4_e2m1', 'fp8_e4m3'"),
+        ({"weight_dtype": "nf4", "fullrange": True}, "fullrange is True for 'nf4'"),
         ({"compute_dtype": "int4"}, "compute_dtype is 'int4'; valid: 'auto', 'int8', 'bf16', 'fp16', 'fp32'"),
-        ({"scale_dtype": "fp8"}, "scale_dtype is 'fp8'; valid"),
+        ({"scale_dtype": "f64"}, "scale_dtype is 'f64'; valid: 'bf16', 'fp32', 'fp16', 'e8m0'"),
         ({"scheme": "symmetric"}, "scheme is 'symmetric'; valid: 'sym', 'asym'"),
         ({"group_size": 0}, "group_size is 0; valid: -1"),
         ({"group_size": 7}, "group_size is 7; valid: -1"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from integer_packers import dense, entries, gptq_tensors, pack_rows, random_integers, shuffled
 
+from llmrt import ops
 from llmrt.llm.checkpoints.gptq import GptqReader, matches
 
 
@@ -23,7 +24,9 @@ def read(values, tensors, k, n, name="model.layers.0.mlp.up_proj"):
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("n, k, group", [(32, 64, 32), (40, 96, -1), (7, 45, 32), (33, 100, 64), (8, 32, 1024)])
+@pytest.mark.parametrize(
+    "n, k, group", [(32, 64, 32), (40, 96, -1), (7, 45, 32), (33, 100, 64), (8, 32, 1024), (1, 8, 8)]
+)
 def test_values_are_exact(version, symmetric, bits, n, k, group):
     weight = random_integers(n, k, group, bits, symmetric)
     kind = {1: "gptq", 2: "gptq_v2"}[version]
@@ -62,6 +65,19 @@ def test_zero_points_of_15_in_both_versions():
     for version, kind in ((1, "gptq"), (2, "gptq_v2")):
         found = read(config(checkpoint_format=kind), gptq_tensors(weight, 4, version), 64, 16)
         assert torch.equal(dense(found, 64), weight.weight)
+
+
+@pytest.mark.parametrize("compute, bound", [("fp32", 1e-6), ("fp16", 1e-3), ("bf16", 2e-3), ("int8", 1e-2)])
+def test_kernels_take_a_zero_of_16(compute, bound):
+    weight = random_integers(32, 128, 32, 4, zero=(16, 16))
+    weight.zeros[::3] = 5
+    found = read(config(sym=False), gptq_tensors(weight, 4), 128, 32)
+    codes, scales, zeros = found.canonical
+    packed = ops.pack_weight(codes, scales, zeros, str(found.layout), 128)
+    x = torch.randn(3, 128)
+    result = ops.quant_linear(x, packed, None, None, str(found.layout), 32, compute)
+    exact, most = x.double() @ weight.weight.T, x.double().abs() @ weight.weight.abs().T
+    assert float(((result - exact).abs() / most).max()) < bound
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

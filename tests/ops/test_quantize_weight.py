@@ -43,7 +43,18 @@ def test_weight_that_is_not_finite_is_refused(value: float, place: tuple[int, in
         (torch.zeros(4, 32, dtype=torch.int8), "int4_sym_g32_bf16", False, "weight has dtype int8; valid: float32"),
         (torch.zeros(4, 0), "int4_sym_g32_bf16", False, "in_features is 0; valid: at least 1"),
         (torch.zeros(4, 32), "int5_sym_g32_bf16", False, "'?int5|layout is 'int5"),
-        (torch.zeros(4, 32), "int4_asym_g32_bf16", True, "fullrange is True for the asymmetric layout int4_asym"),
+        (
+            torch.zeros(4, 32),
+            "int4_asym_g32_bf16",
+            True,
+            "fullrange is True for the layout int4_asym_g32_bf16; valid for sym",
+        ),
+        (
+            torch.zeros(4, 32),
+            "nf4_sym_g32_bf16",
+            True,
+            "fullrange is True for the layout nf4_sym_g32_bf16; valid for sym",
+        ),
     ],
 )
 def test_bad_arguments(weight: torch.Tensor, layout: str, fullrange: bool, message: str, isa: str) -> None:
