@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fleet import Worker
+
 HERE = Path(__file__).resolve().parent
 WAYS = ("load and optimize", "quantize on load", "reload quantized")
 
@@ -51,14 +53,11 @@ def worker(args: argparse.Namespace, way: str, directory: Path) -> dict[str, Any
 def llama_cpp(args: argparse.Namespace) -> dict[str, Any]:
     """Load a GGUF file and run one token."""
     command = [args.llama_python, str(HERE / "workers/llama_cpp_model.py"), str(args.gguf)]
-    command += ["--prompt", "8", "--new", "1", "--depth", "0", "--threads", str(args.threads)]
-    done = subprocess.run(command, input="run\n", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    ready, result = (json.loads(line) for line in done.stdout.splitlines()[:2])
-    return {
-        "load_s": ready["ready"]["load_s"],
-        "first_token_s": result["result"]["first_token_s"],
-        "peak_bytes": result["peak_memory_bytes"],
-    }
+    command += ["--threads", str(args.threads), "--length", "16", "--batch", "1"]
+    peer = Worker(command, sorted(os.sched_getaffinity(0))[: args.threads])
+    first = peer.run(prompt=8, new=1, depth=0, batch=1, beams=1)["first_token_s"]
+    peer.stop()
+    return {"load_s": peer.facts["load_s"], "first_token_s": first, "peak_bytes": peer.facts["peak_memory_bytes"]}
 
 
 def forget(paths: list[Path]) -> None:

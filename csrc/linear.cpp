@@ -76,10 +76,11 @@ void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
     }
     return mine;
   };
-  // One row block is bound by memory: each thread reads one long range. Many are bound by arithmetic: small pieces
+  // One row block is bound by memory: long ranges, and pieces that a thread which got less of the memory leaves to the
+  // other. Many are bound by arithmetic: small pieces
   // balance.
   parallel_pieces(
-      grid.tasks(), row_blocks == 1 ? 1 : 32, prepared,
+      grid.tasks(), row_blocks == 1 ? 8 : 32, prepared,
       [&](const MultiplyArgs& mine, int64_t t0, int64_t t1) { grid.run(mine, t0, t1, scratch.get(scratch_bytes)); });
 }
 

@@ -4,6 +4,7 @@
 #include "linear.h"
 #include "linear_decode.h"
 #include "linear_prepare.h"
+#include "linear_row.h"
 #include "linear_tiles.h"
 #include "linear_vec.h"
 
@@ -162,7 +163,23 @@ void multiply_by(const Method& method, const MultiplyArgs& a, int64_t row0, int6
   for (int64_t i = block0 * w.tiles; i < block1 * w.tiles; i++) sweep.run(i, i == block0 * w.tiles, t);
 }
 
+// Row `m` times blocks block0 .. block1 - 1.
+void multiply_row(const MultiplyArgs& a, int64_t m, int64_t block0, int64_t block1) {
+  const PackedWeight& w = a.weight;
+  const RowArgs row = {a.activations.codes + m * w.tiles * kTileK,
+                       a.activations.scales + m * w.tiles * (kTileK / w.segment),
+                       a.activations.sums + m * w.tiles * (kTileK / w.segment)};
+  const RowKernel kernel = kRowKernels[w.bits == 8][w.asymmetric];
+  alignas(64) float C[kTileN];
+  for (int64_t n = block0; n < block1; n++) {
+    prefetch_output(a, m, 1, n);
+    kernel(w, w.data + n * w.tiles * w.tile_bytes, row, C);
+    kFinish[(int)a.dtype](a, m, 1, n, C);
+  }
+}
+
 void multiply(const MultiplyArgs& a, int64_t row0, int64_t row1, int64_t block0, int64_t block1, void* scratch) {
+  if (a.compute == Compute::int8 && row1 - row0 == 1) return multiply_row(a, row0, block0, block1);
   multiply_by(method_of(a, row1 - row0 <= a.activations.block), a, row0, row1, block0, block1, scratch);
 }
 

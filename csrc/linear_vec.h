@@ -29,6 +29,10 @@ template <int bits>
 inline I32 shift_left(I32 a) {
   return {_mm512_slli_epi32(a.v, bits)};
 }
+template <int bits>
+inline I32 shift_right_signed(I32 a) {
+  return {_mm512_srai_epi32(a.v, bits)};
+}
 inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I32 dot16(I32 a, I32 b) { return {_mm512_madd_epi16(a.v, b.v)}; }  // of 2 signed 16-bit numbers per lane
 inline I32 round_to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
@@ -107,6 +111,10 @@ inline I32 shift_right(I32 a) {
 template <int bits>
 inline I32 shift_left(I32 a) {
   return {_mm256_slli_epi32(a.v, bits)};
+}
+template <int bits>
+inline I32 shift_right_signed(I32 a) {
+  return {_mm256_srai_epi32(a.v, bits)};
 }
 inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline I32 dot16(I32 a, I32 b) { return {_mm256_madd_epi16(a.v, b.v)}; }  // of 2 signed 16-bit numbers per lane
@@ -187,6 +195,14 @@ constexpr int64_t kVectorBytes = 4 * F32::lanes;
 
 inline I32 low_nibbles(I32 w) { return w & I32::set1(0x0f0f0f0f); }
 inline I32 high_nibbles(I32 w) { return shift_right<4>(w) & I32::set1(0x0f0f0f0f); }
+// High nibbles as factors of a dot product that is shifted right by kHighShift later: in place where nothing saturates.
+#if defined(__AVX512F__) || defined(__AVXVNNI__)
+constexpr int kHighShift = 4;
+inline I32 high_in_place(I32 w) { return w & I32::set1((int32_t)0xf0f0f0f0); }
+#else
+constexpr int kHighShift = 0;
+inline I32 high_in_place(I32 w) { return high_nibbles(w); }
+#endif
 inline I32 broadcast(const void* p) {
   int32_t x;
   memcpy(&x, p, 4);

@@ -335,6 +335,11 @@ def _(dtype: torch.dtype) -> Iterator[Sample]:
         layout = LAYOUTS[(3 * i) % len(LAYOUTS)]
         yield _linear_sample((1 + 5 * i,), 40 + i, 160, layout, dtype, "int8", epilogue, bool(i % 2))
         yield _linear_sample((3,), 24 + i, 64, layout, dtype, "fp16", epilogue, bool(i % 3))
+    if dtype == torch.bfloat16:
+        for i, layout in enumerate(LAYOUTS):  # one row has a kernel of its own
+            yield _linear_sample(
+                (1,), 40, 300, layout, dtype, "int8", ("none", "silu", "add", "silu_mul")[i % 4], i % 3 == 0
+            )
     for m in (*range(1, 13), 25, 150, 0):
         yield _linear_sample((m,), 48, 256, LAYOUTS[(0, 2, 8, 12)[m % 4]], dtype, "int8", "none", False)
     strided = _linear_sample((4,), 32, 160, LAYOUTS[2], dtype, "int8", "none", False)
