@@ -73,7 +73,9 @@ def forward_step(model: Any, depth: int) -> Step:
 def graph_steps(model: Any, depth: int) -> tuple[Step, Step]:
     """Return (the captured graph as it runs, its operators alone)."""
     run = forward_step(model, depth)
-    graph = next(g for key, gs in model.forward._graphs.items() if key.one_token for g in gs)
+    graph = model.forward.graph(lambda key: key.one_token)
+    if graph is None:
+        raise SystemExit(f"the step runs as modules: {'; '.join(model.forward.reasons)}")
     given: list[Any] = []
     original = graph.run
     graph.run = lambda *args: given.append(args) or original(*args)

@@ -88,6 +88,10 @@ class Deployment(StandIn):
         """All graphs captured so far."""
         return [graph for graphs in self._graphs.values() for graph in graphs]
 
+    def graph(self, wanted: Callable[[Key], bool]) -> CapturedForward | None:
+        """Return the first graph whose key is wanted: ``model.forward.graph(lambda key: key.one_token)``; None if there is none."""
+        return next((graphs[0] for key, graphs in self._graphs.items() if wanted(key)), None)
+
     @property
     def reasons(self) -> list[str]:
         """Why calls ran the modules although a graph was expected."""

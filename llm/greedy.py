@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
-from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
-from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .. import ops
 from .cache import KVCache
@@ -24,8 +23,8 @@ from .stand_in import StandIn
 
 #: Arguments of `generate` that the loop of this module gives up for.
 _OTHER_WAYS = (
-    "custom_generate", "assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "tokenizer", "synced_gpus",
-    "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "num_beam_groups",
+    "custom_generate", "assistant_model", "assistant_tokenizer", "assistant_early_exit", "prompt_lookup_num_tokens",
+    "tokenizer", "synced_gpus", "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "num_beam_groups",
 )  # fmt: skip
 #: Arguments of a forward that a step changes or repeats.
 _STEPPED = frozenset(
@@ -67,7 +66,7 @@ class Generate(StandIn):
 
 
 class GreedySearch:
-    """The decoding loop of one call of `generate`, in the form of its `custom_generate`."""
+    """The decoding loop of one call of `generate` that chooses greedily, in the form of its `custom_generate`."""
 
     def __init__(self, streamer: Any = None) -> None:
         """Args:
@@ -84,10 +83,9 @@ class GreedySearch:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """Return what `_sample` of transformers' GenerationMixin returns."""
+        """Return what `_sample`, the greedy loop of transformers' GenerationMixin, returns; run that where this one does not serve."""
         if not self._is_plain(model, logits_processor, generation_config, model_kwargs):
-            loop = GENERATION_MODES_MAPPING[generation_config.get_generation_mode()]
-            return getattr(type(model), loop)(
+            return type(model)._sample(
                 model,
                 input_ids,
                 logits_processor=logits_processor,
@@ -122,8 +120,7 @@ class GreedySearch:
             torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
         )  # fmt: skip
         return (
-            config.get_generation_mode() is GenerationMode.GREEDY_SEARCH
-            and not len(logits_processor)
+            not len(logits_processor)
             and not any(details)
             and type(kwargs.get("past_key_values")) is KVCache
             and kwargs.get("use_cache") is True

@@ -397,7 +397,7 @@ def _share_views(gm: GraphModule, mutated: set[Node]) -> None:
 
 
 def canonicalize(gm: GraphModule) -> None:
-    """Bring a graph of ATen operators into the one spelling, in place."""
+    """Bring a graph of ATen operators into the one spelling, in place; `recompile` is the caller's, for a graph that will run."""
     fill_constants(gm)
     _functionalize(gm)
     _without_regions(gm)
@@ -411,4 +411,3 @@ def canonicalize(gm: GraphModule) -> None:
             node = new
     _share_views(gm, mutated)
     gm.graph.eliminate_dead_code()
-    gm.recompile()

@@ -1,4 +1,10 @@
+import os
+
 import pytest
+
+#: A process of `pytest -n` shares its cores with others: a thread of it that waits for the next operator must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 

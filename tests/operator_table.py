@@ -58,40 +58,61 @@ def calls(gm: torch.fx.GraphModule) -> Counter[str]:
     return Counter("view" if name in VIEWS else "work" for name in names)
 
 
-def decode_calls(name: str, kind: str, layers: int) -> tuple[Counter[str], Counter[str]]:
-    """Return the counts of a decode step's graph before and after the rewrites."""
-    found: list[tuple[Counter[str], Counter[str]]] = []
+def counting(found: list[tuple[Counter[str], Counter[str]]], backend: Any = None) -> Any:
+    """Return a backend that notes the counts of each graph before and after the rewrites, and runs it as `backend` does or as it is."""
 
     def spy(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         graph = retrace(gm, inputs)
         before = calls(graph)
         rewrite(graph, strict=True)
         found.append((before, calls(graph)))
-        return gm.forward
+        return gm.forward if backend is None else backend(gm, inputs)
 
+    return spy
+
+
+def mark_lengths(decoding: Decoding, kind: str) -> None:
+    """Make the lengths of a dynamic cache symbols, as they are from the second step on."""
+    if kind == "dynamic":
+        for layer in getattr(decoding.cache, "self_attention_cache", decoding.cache).layers:
+            torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
+            torch._dynamo.maybe_mark_dynamic(layer.values, 2)
+
+
+def prompt_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the tokens of a decoding's first forward."""
+    return batch["input_ids"][:, :4] if model.config.is_encoder_decoder else batch["input_ids"]
+
+
+def decode_calls(name: str, kind: str, layers: int) -> tuple[Counter[str], Counter[str]]:
+    """Return the counts of a decode step's graph before and after the rewrites."""
+    found: list[tuple[Counter[str], Counter[str]]] = []
     torch._dynamo.reset()
     batch = padded_batch(2, 10)
     model = small_model(name, layers, torch.bfloat16)
     decoding = Decoding(model, kind, model, batch)
-    decoding(batch["input_ids"][:, :4] if model.config.is_encoder_decoder else batch["input_ids"])
-    decoding.run = torch.compile(model, backend=spy, fullgraph=True)
-    if kind == "dynamic":  # its lengths are symbols, as they are from the second step on
-        for layer in getattr(decoding.cache, "self_attention_cache", decoding.cache).layers:
-            torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
-            torch._dynamo.maybe_mark_dynamic(layer.values, 2)
+    decoding(prompt_of(model, batch))
+    decoding.run = torch.compile(model, backend=counting(found), fullgraph=True)
+    mark_lengths(decoding, kind)
     decoding(torch.full((2, 1), 7))
     assert len(found) == 1
     return found[0]
 
 
-def row(name: str, kind: str) -> list[str]:
-    """Return the table's line of a family and a kind of cache."""
+def row(name: str, kind: str, known: dict[int, tuple[Counter[str], Counter[str]]] | None = None) -> list[str]:
+    """Return the table's line of a family and a kind of cache.
+
+    Args:
+        name: of the family.
+        kind: of the cache.
+        known: number of layers -> what `decode_calls` would return.
+    """
     if (name, kind) in NO_FULLGRAPH:
         return [name, kind, "more than one graph", "", "", ""]
-    few = LAYERS.get(name, 1)
+    few, known = LAYERS.get(name, 1), known or {}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pair = [decode_calls(name, kind, layers) for layers in (few, few + 1)]
+        pair = [known.get(layers) or decode_calls(name, kind, layers) for layers in (few, few + 1)]
     cells = [more[key] - less[key] for less, more in zip(*pair, strict=True) for key in ("work", "view")]
     return [name, kind, *map(str, cells)]
 

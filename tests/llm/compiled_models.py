@@ -49,6 +49,10 @@ OLDER = {
 }
 
 FAMILIES = (*MODELS, *OLDER)
+
+#: Layers of a family's model: 2 where the second layer's attention is of another kind than the first one's.
+LAYERS = {"qwen2": 2, "gemma2": 2, "gemma3": 2}
+
 CACHES = ("dynamic", "static")
 
 #: What transformers itself cannot capture as one graph with a kind of cache, whatever the backend, and why.

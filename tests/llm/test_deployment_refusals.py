@@ -74,7 +74,8 @@ def test_a_graph_that_computes_something_else_is_found_out() -> None:
     with pytest.warns(UserWarning, match=r"\(its logits differ by 2.0e\+00 in a trial run\)"):
         got = fast.generate(**batch, **GENERATE)
     assert torch.equal(got, slow.generate(**batch, **GENERATE))
-    assert [key.one_token for key in fast.forward._graphs] == [True]  # there it is a number
+    assert fast.forward.graph(lambda key: not key.one_token) is None
+    assert fast.forward.graphs == [fast.forward.graph(lambda key: key.one_token)]  # there it is a number
 
 
 def test_errors_are_those_of_the_modules() -> None:

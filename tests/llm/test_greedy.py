@@ -143,6 +143,7 @@ class Largest(LogitsProcessor):
         {"past_key_values": DynamicCache},
         {"use_cache": False},
         {"prompt_lookup_num_tokens": 3},
+        {"assistant_early_exit": 1},
     ],
     ids=lambda options: next(iter(options)),
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import padded_batch, tiny_model
+from models import CountOperators, padded_batch, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmrt import llm, ops
@@ -69,8 +69,13 @@ def test_beams_equal_a_search_that_copies(monkeypatch: pytest.MonkeyPatch) -> No
     model, _ = pair("llama", "int8")
     modules, _ = pair("llama", "int8", deployment_mode=False)
     options = {"num_beams": 4, "num_return_sequences": 2, "new": 8}
-    got = run(model, **options)
-    assert torch.equal(got.sequences, run(modules, **options).sequences)
+    run(model, **options)  # graphs are compared with modules when they are captured
+    with CountOperators() as count:
+        got = run(model, **options)
+    assert count["attention"] == count["kv_append"] + count["rope_append"] == 8 * model.config.num_hidden_layers
+    with CountOperators() as other:
+        assert torch.equal(got.sequences, run(modules, **options).sequences)
+    assert other["attention"] == other["kv_append"] + other["rope_append"] == count["attention"]
     assert got.past_key_values.rows.table is not None
 
     def copied(self: Any, beam_idx: torch.Tensor) -> None:
@@ -81,7 +86,9 @@ def test_beams_equal_a_search_that_copies(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         "llmrt.llm.cache_setup.KVCache", lambda config, max_length, beams: llm.KVCache(config, max_length)
     )
-    assert torch.equal(got.sequences, run(modules, **options).sequences)
+    with CountOperators() as other:
+        assert torch.equal(got.sequences, run(modules, **options).sequences)
+    assert other["attention"] == count["attention"]
 
 
 def test_growing_cropping_repeating_and_copies() -> None:

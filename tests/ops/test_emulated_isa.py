@@ -17,7 +17,10 @@ from llmrt.ops.operator import Sample
 ROOT = Path(__file__).parents[2]
 EMULATED = ("avx_vnni", "amx")
 START = _C.cpu_isa()
-pytestmark = pytest.mark.skipif(START == "reference", reason="no kernels on this CPU, or LLMRT_CPU_ISA=reference")
+pytestmark = [
+    pytest.mark.skipif(START == "reference", reason="no kernels on this CPU, or LLMRT_CPU_ISA=reference"),
+    pytest.mark.xdist_group("emulated"),
+]
 
 
 def setup_script() -> ModuleType:

@@ -91,6 +91,7 @@ def files(tmp_path_factory: Any) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("aoti")
 @pytest.mark.parametrize("first", ["llmrt", "torch"])
 def test_a_process_that_imports_llmrt_runs_all_operators(first: str, files: Path) -> None:
     command = [sys.executable, "-c", FRESH, str(files), first]
