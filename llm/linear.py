@@ -335,9 +335,7 @@ class LinearGroup(QuantLinear):
                 if pending.left == 0:
                     self._pending[0] = None
                 return out
-        whole = _quant_linear(
-            x, self.packed, self.bias, None, self.layout_text, self.out_features, self.compute, "none"
-        )
+        whole = self.forward(x)
         outs: list[Tensor | None] = list(whole.split_with_sizes(self.sizes, -1))
         out, outs[index] = outs[index], None
         self._pending[0] = _Pending(x, _version(x), outs, len(outs) - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,14 @@ from transformers.quantizers import AutoHfQuantizer
 from .cache import choose_kv_dtype, stored_dtype
 from .convert import Converter
 from .deployment import undeployable
-from .linear import QuantLinear, SiblingLinear
+from .linear import CanonicalLinear, QuantLinear, SiblingLinear
 from .memory import weight_bytes
 from .plan import Planner, check_weights
-from .quantization import QUANT_METHOD, WeightOnlyQuantConfig
+from .quantization import WeightOnlyQuantConfig
 from .sharing import share_copy
+from .static.config import StaticQuantConfig
+from .static.observing import is_observed, observe, without_observers
+from .static.plan import StaticConverter, StaticPlanner
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,8 +32,8 @@ def optimize(
     dtype: torch.dtype | None = None,
     inplace: bool = False,
     device: str = "cpu",
-    quantization_config: WeightOnlyQuantConfig | None = None,
-    qconfig_summary_file: str | None = None,
+    quantization_config: WeightOnlyQuantConfig | StaticQuantConfig | None = None,
+    qconfig_summary_file: str | os.PathLike[str] | None = None,
     low_precision_checkpoint: Any = None,
     sample_inputs: Any = None,
     deployment_mode: bool = True,
@@ -52,9 +56,11 @@ def optimize(
             True changes the given model and frees every float weight as soon as it is quantized: the peak is the model plus one
             weight. Should memory run out in the middle of that, the model is marked unusable and an error says so.
         device: "cpu" or "xpu".
-        quantization_config: a `WeightOnlyQuantConfig`, or None for floating point. Weights that stay floating point move to pages of
-            2 MB where the system has them (0.3 to 2 s per GB, unless `dtype` copies them anyway).
-        qconfig_summary_file: for static INT8, not here yet.
+        quantization_config: a `WeightOnlyQuantConfig`, a `StaticQuantConfig`, or None for floating point. Weights that stay
+            floating point move to pages of 2 MB where the system has them (0.3 to 2 s per GB, unless `dtype` copies them anyway).
+        qconfig_summary_file: for a `StaticQuantConfig`: what `save_qconf_summary` wrote. Without it the result is the model as it is,
+            prepared for calibration: run samples through it, save the summary, and call this function again with the summary
+            and either model. Options other than inplace take effect then.
         low_precision_checkpoint: not here yet.
         sample_inputs: not read: graphs are captured from the first calls.
         deployment_mode: True runs calls with a `KVCache`, as generate makes them, as captured graphs of operators; False always runs
@@ -74,8 +80,19 @@ def optimize(
     _check_arguments(
         model, optimizer, dtype, device, quantization_config, qconfig_summary_file, low_precision_checkpoint
     )
+    static = isinstance(quantization_config, StaticQuantConfig)
+    if is_observed(model):
+        model = without_observers(model if inplace else share_copy(model))
+    if static and qconfig_summary_file is None and not _is_stored(model):
+        result = model if inplace else share_copy(model)
+        return observe(result, StaticPlanner(result, quantization_config).plan(), quantization_config)
     stored = stored_dtype(kv_dtype, dtype or model.dtype)
-    plan = Planner(model, quantization_config).plan()
+    planner = (
+        StaticPlanner(model, quantization_config, qconfig_summary_file)
+        if static
+        else Planner(model, quantization_config)
+    )
+    plan = planner.plan()
     check_weights(model, plan)
     if stored is not None and not plan.cache:
         raise ValueError(
@@ -88,22 +105,28 @@ def optimize(
         plan.report.raise_if_unoptimized()
     plan.report.bytes_before = weight_bytes(model)
     result = model if inplace else share_copy(model)
-    Converter(result, plan, dtype, not inplace, deployment_mode and reason is None, strict).run()
+    options = result, plan, dtype, not inplace, deployment_mode and reason is None, strict
+    (StaticConverter(planner.inputs, *options) if isinstance(planner, StaticPlanner) else Converter(*options)).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
     choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
-        _mark_quantized(result, quantization_config)
+        _mark_quantized(result, planner.saved_config() if isinstance(planner, StaticPlanner) else quantization_config)
     return result
 
 
-def _mark_quantized(model: Any, config: WeightOnlyQuantConfig) -> None:
+def _is_stored(model: Any) -> bool:
+    """Return whether a model is a quantized checkpoint that was loaded."""
+    return any(isinstance(module, CanonicalLinear) for module in model.modules())
+
+
+def _mark_quantized(model: Any, config: WeightOnlyQuantConfig | StaticQuantConfig) -> None:
     """Make `save_pretrained` of a quantized model write what `from_pretrained` needs."""
     floating = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     saved = replace(config, floating_modules=floating)
     model.config.quantization_config = saved
     model.hf_quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)  # the class is in llm/checkpoints
-    model.is_quantized, model.quantization_method = True, QUANT_METHOD
+    model.is_quantized, model.quantization_method = True, config.quant_method
 
 
 def _check_arguments(
@@ -130,15 +153,22 @@ def _check_arguments(
         raise ValueError(f"dtype is {dtype}; valid: torch.float32, torch.bfloat16, torch.float16")
     _check_device(device)
     _check_tensors(model, dtype)
-    if qconfig_summary_file is not None:
-        raise ValueError("qconfig_summary_file is for static INT8, which is not here yet; use WeightOnlyQuantConfig")
+    static = isinstance(quantization_config, StaticQuantConfig)
+    if qconfig_summary_file is not None and not static:
+        raise ValueError("qconfig_summary_file is for static INT8; pass it with a StaticQuantConfig")
+    if qconfig_summary_file is None and is_observed(model):
+        raise ValueError(
+            "the model is prepared for calibration: run samples through it, call llm.save_qconf_summary(model, file), then "
+            "optimize with qconfig_summary_file=file"
+        )
     if low_precision_checkpoint is not None:
         raise ValueError(
             "low_precision_checkpoint is not here yet; load the floating-point model and pass a WeightOnlyQuantConfig"
         )
-    if quantization_config is not None and not isinstance(quantization_config, WeightOnlyQuantConfig):
+    if quantization_config is not None and not static and not isinstance(quantization_config, WeightOnlyQuantConfig):
         raise ValueError(
-            f"quantization_config is a {type(quantization_config).__name__}; valid: llm.WeightOnlyQuantConfig or None"
+            f"quantization_config is a {type(quantization_config).__name__}; valid: llm.WeightOnlyQuantConfig, "
+            "llm.StaticQuantConfig or None"
         )
 
 

@@ -20,6 +20,7 @@ from ..linear import CanonicalLinear
 from ..optimize import optimize
 from ..plan import is_linear
 from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
+from ..static.config import STATIC_METHOD
 
 register_quantization_config(QUANT_METHOD)(WeightOnlyQuantConfig)
 
@@ -123,6 +124,6 @@ def from_quantized(directory: str | os.PathLike[str], dtype: torch.dtype | str =
         raise ValueError(f"{path} has no config.json")
     found = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if method != QUANT_METHOD:
+    if method not in (QUANT_METHOD, STATIC_METHOD):
         raise ValueError(f"{path} is not an llmrt checkpoint (quant_method is {method!r}); load it and call optimize")
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
