@@ -80,18 +80,17 @@ def optimize(
     _check_arguments(
         model, optimizer, dtype, device, quantization_config, qconfig_summary_file, low_precision_checkpoint
     )
-    static = isinstance(quantization_config, StaticQuantConfig)
     if is_observed(model):
         model = without_observers(model if inplace else share_copy(model))
-    if static and qconfig_summary_file is None and not _is_stored(model):
-        result = model if inplace else share_copy(model)
-        return observe(result, StaticPlanner(result, quantization_config).plan(), quantization_config)
+    planner: Planner
+    if isinstance(quantization_config, StaticQuantConfig):
+        if qconfig_summary_file is None and not _is_stored(model):
+            prepared = model if inplace else share_copy(model)
+            return observe(prepared, StaticPlanner(prepared, quantization_config).plan(), quantization_config)
+        planner = StaticPlanner(model, quantization_config, qconfig_summary_file)
+    else:
+        planner = Planner(model, quantization_config)
     stored = stored_dtype(kv_dtype, dtype or model.dtype)
-    planner = (
-        StaticPlanner(model, quantization_config, qconfig_summary_file)
-        if static
-        else Planner(model, quantization_config)
-    )
     plan = planner.plan()
     check_weights(model, plan)
     if stored is not None and not plan.cache:

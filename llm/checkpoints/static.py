@@ -22,8 +22,8 @@ register_quantization_config(STATIC_METHOD)(StaticQuantConfig)
 class StaticQuantizer(Quantizer):
     """What transformers calls while it loads a model with a `StaticQuantConfig`."""
 
-    requires_calibration = True
-    quantization_config: StaticQuantConfig  # type: ignore[assignment]
+    requires_calibration = False  # transformers' word for it would hide our message
+    quantization_config: StaticQuantConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse a model that is not calibrated, or a device that llmrt has no kernels for."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..plan import Plan
 from .config import StaticQuantConfig
-from .smoothing import Range
+from .smoothing import Range, nothing
 
 
 class Observer:
@@ -24,8 +24,7 @@ class Observer:
 
     def __init__(self, in_features: int, rows: int) -> None:
         """Nothing seen yet."""
-        self.low = torch.full((in_features,), torch.inf)
-        self.high = torch.full((in_features,), -torch.inf)
+        self.all, self.rest = nothing(in_features), nothing(in_features)
         self.rows, self.seen = rows, 0
         self.kept: Tensor | None = None
 
@@ -34,8 +33,7 @@ class Observer:
         x = x.detach().reshape(-1, x.shape[-1])
         if not len(x):
             return
-        low, high = torch.aminmax(x, dim=0)
-        self.low, self.high = torch.minimum(self.low, low.float()), torch.maximum(self.high, high.float())
+        self.all = self.all.with_rows(x)
         if self.rows:
             self._keep(x)
         self.seen += len(x)
@@ -46,20 +44,27 @@ class Observer:
         first = min(len(x), self.rows - len(kept))
         if first:
             kept = torch.cat((kept, x[:first]))
+        rest = x[first:].clone()
         generator = torch.Generator().manual_seed(self.seen)
         before = self.seen + 1 + torch.arange(first, len(x), dtype=torch.float64)
-        slots = (torch.rand(len(x) - first, dtype=torch.float64, generator=generator) * before).long()
-        for i in (slots < self.rows).nonzero().flatten().tolist():
-            kept[slots[i]] = x[first + i]
+        slots = (torch.rand(len(rest), dtype=torch.float64, generator=generator) * before).long()
+        for i in (slots < self.rows).nonzero().flatten().tolist():  # the row that is let go belongs to the rest
+            kept[slots[i]], rest[i] = rest[i].clone(), kept[slots[i]].clone()
         self.kept = kept
+        if len(rest):
+            self.rest = self.rest.with_rows(rest)
+
+    def held_out(self) -> Range:
+        """Return the range of all rows but the kept ones: what was not kept tells a search about inputs yet to come."""
+        return self.rest if self.seen >= 2 * self.rows else self.all
 
     def range(self) -> Range:
         """Return what was seen per channel."""
-        return Range(self.low, self.high)
+        return self.all
 
     def saw_the_same(self, other: Observer) -> bool:
         """Return whether both linears had the same inputs."""
-        return self.seen == other.seen and torch.equal(self.low, other.low) and torch.equal(self.high, other.high)
+        return self.seen == other.seen and all(map(torch.equal, self.all, other.all))
 
 
 class ObservedLinear(nn.Linear):
@@ -111,6 +116,6 @@ def without_observers(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, ObservedLinear):
             del module.observer
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
     del model.static_calibration
     return model

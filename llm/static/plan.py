@@ -31,7 +31,7 @@ class StaticPlanner(Planner):
     def __init__(self, model: Any, config: StaticQuantConfig, summary: str | os.PathLike[str] | None = None) -> None:
         """Look at the linears and read the summary of those that will be static."""
         super().__init__(model, None)
-        self.plan_.quantization = config  # type: ignore[assignment]
+        self.plan_.quantization = config
         self.static = config
         self.summary_file = summary
         self.inputs: dict[str, InputCodes] = {}

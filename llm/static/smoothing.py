@@ -25,6 +25,16 @@ class Range(NamedTuple):
     low: Tensor
     high: Tensor
 
+    def with_rows(self, x: Tensor) -> Range:
+        """Return the range of rows [M, K] too, M at least 1; NaN stays."""
+        low, high = torch.aminmax(x, dim=0)
+        return Range(torch.minimum(self.low, low.float()), torch.maximum(self.high, high.float()))
+
+
+def nothing(in_features: int) -> Range:
+    """Return the range of no rows."""
+    return Range(torch.full((in_features,), torch.inf), torch.full((in_features,), -torch.inf))
+
 
 def weight_maxima(weights: Sequence[Tensor]) -> Tensor:
     """Return the largest magnitude of every input channel over weights [N, K], float32 [K]."""
@@ -58,7 +68,11 @@ def _chunks(weights: Sequence[Tensor]) -> Iterator[Tensor]:
 def output_errors(
     rows: Tensor, weights: Sequence[Tensor], seen: Range, layout: Layout, alphas: Sequence[float]
 ) -> list[float]:
-    """Return per alpha the squared error of rows [R, K] @ weight.T in 8 bits, summed over all outputs of the weights [N, K]."""
+    """Return per alpha the squared error of rows [R, K] @ weight.T in 8 bits, summed over all outputs of the weights [N, K].
+
+    Factors and codes come from the range `seen`; if the rows are not among those seen, what they have beyond it is clamped and
+    counts: large alphas give every channel just the range that it was seen with.
+    """
     x, weight_max = rows.float(), weight_maxima(weights)
     tried = []
     for alpha in alphas:

@@ -120,7 +120,7 @@ def _summarize(model: Any, names: list[str], calibration: Calibration) -> list[L
     weights = [linear.weight.detach() for linear in linears]
     if config.alpha == "auto":
         assert observer.kept is not None
-        alpha = best_alpha(observer.kept, weights, seen, weight_layout(config.scale_dtype))
+        alpha = best_alpha(observer.kept, weights, observer.held_out(), weight_layout(config.scale_dtype))
     else:
         alpha = float(config.alpha)
     factors = smoothing_factors(seen, weight_maxima(weights), alpha)
