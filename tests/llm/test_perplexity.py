@@ -36,7 +36,7 @@ def demo(dtype: torch.dtype = torch.bfloat16) -> Any:
 def calibration_windows(tokenizer: Any) -> Tensor:
     """Return windows of files that the model was trained on."""
     files = library_files()[0][::40]
-    return token_windows(tokenizer, (f.read_text("utf-8", errors="ignore") for f in files), 512, 16)
+    return token_windows(tokenizer, (f.read_text("utf-8", errors="ignore") for f in files), 512, 8)
 
 
 @pytest.fixture(scope="module")
