@@ -9,6 +9,7 @@
 #include "peaks.h"
 #include "quantize_weight.h"
 #include "rope.h"
+#include "static_linear.h"
 
 namespace llmrt {
 
@@ -23,6 +24,7 @@ struct Tier {
   PeakKernels peaks;
   ArgmaxKernels argmax;
   QuantizeKernels quantize;
+  StaticLinearKernels static_linear;
 };
 
 extern const Tier tier_avx2, tier_avx_vnni, tier_avx512_vnni, tier_avx512_bf16, tier_amx;

@@ -16,6 +16,8 @@ from .linear import QuantLinear  # noqa: E402
 from .optimize import optimize  # noqa: E402
 from .quantization import WeightOnlyQuantConfig  # noqa: E402
 from .report import OptimizationError, OptimizationReport  # noqa: E402
+from .static.config import StaticQuantConfig  # noqa: E402
+from .static.summary import save_qconf_summary  # noqa: E402
 
 __all__ = [
     "AutoModelForCausalLM",
@@ -24,10 +26,12 @@ __all__ = [
     "OptimizationError",
     "OptimizationReport",
     "QuantLinear",
+    "StaticQuantConfig",
     "WeightOnlyQuantConfig",
     "demo_model_path",
     "export",
     "from_quantized",
     "optimize",
+    "save_qconf_summary",
     "save_quantized",
 ]

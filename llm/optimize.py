@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
@@ -14,9 +17,12 @@ from .deployment import undeployable
 from .linear import CanonicalLinear, QuantLinear, SiblingLinear
 from .memory import weight_bytes
 from .plan import Planner, check_weights
-from .quantization import QUANT_METHOD, WeightOnlyQuantConfig
+from .quantization import WeightOnlyQuantConfig
 from .quantized import added_biases, saved_config, stored_config
 from .sharing import share_copy
+from .static.config import StaticQuantConfig
+from .static.observing import is_observed, observe, without_observers
+from .static.plan import StaticConverter, StaticPlanner
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,8 +33,8 @@ def optimize(
     dtype: torch.dtype | None = None,
     inplace: bool = False,
     device: str = "cpu",
-    quantization_config: WeightOnlyQuantConfig | None = None,
-    qconfig_summary_file: str | None = None,
+    quantization_config: WeightOnlyQuantConfig | StaticQuantConfig | None = None,
+    qconfig_summary_file: str | os.PathLike[str] | None = None,
     low_precision_checkpoint: Any = None,
     sample_inputs: Any = None,
     deployment_mode: bool = True,
@@ -51,9 +57,11 @@ def optimize(
             True changes the given model and frees every float weight as soon as it is quantized: the peak is the model plus one
             weight. Should memory run out in the middle of that, the model is marked unusable and an error says so.
         device: "cpu" or "xpu".
-        quantization_config: a `WeightOnlyQuantConfig`, or None for floating point. Weights that stay floating point move to pages of
-            2 MB where the system has them (0.3 to 2 s per GB, unless `dtype` copies them anyway).
-        qconfig_summary_file: for static INT8, not here yet.
+        quantization_config: a `WeightOnlyQuantConfig`, a `StaticQuantConfig`, or None for floating point. Weights that stay
+            floating point move to pages of 2 MB where the system has them (0.3 to 2 s per GB, unless `dtype` copies them anyway).
+        qconfig_summary_file: for a `StaticQuantConfig`: what `save_qconf_summary` wrote. Without it the result is the model as it is,
+            prepared for calibration: run samples through it, save the summary, and call this function again with the summary
+            and either model. Options other than inplace take effect then.
         low_precision_checkpoint: a state dict with quantized weights of linears, by their names in the model, or (state dict,
             configuration): the configuration maps keys (weight_key, scale_key, zero_point_key, bias_key) or says quant_method,
             bits, group_size and desc_act; without one the layout of GPTQ is assumed, and a warning and the report say so.
@@ -78,7 +86,7 @@ def optimize(
     _check_arguments(
         model, optimizer, dtype, device, quantization_config, qconfig_summary_file, low_precision_checkpoint
     )
-    settings = dtype, inplace, deployment_mode, strict, kv_dtype
+    settings = dtype, inplace, deployment_mode, strict, kv_dtype, qconfig_summary_file
     if low_precision_checkpoint is None:
         return _optimized(model, quantization_config, *settings)
     from .checkpoints.state_dict import TakeOver  # its package imports this module
@@ -95,19 +103,30 @@ def optimize(
 
 def _optimized(
     model: Any,
-    quantization_config: WeightOnlyQuantConfig | None,
+    quantization_config: WeightOnlyQuantConfig | StaticQuantConfig | None,
     dtype: torch.dtype | None,
     inplace: bool,
     deployment_mode: bool,
     strict: bool,
     kv_dtype: str | torch.dtype | None,
+    qconfig_summary_file: str | os.PathLike[str] | None,
     taken: Any = None,
 ) -> Any:
     """Do what `optimize` says with checked arguments; taken: the `TakeOver` of a low-precision checkpoint."""
+    if is_observed(model):
+        model = without_observers(model if inplace else share_copy(model))
     if quantization_config is None and any(isinstance(m, CanonicalLinear) for m in model.modules()):
         quantization_config = stored_config(model)
+    planner: Planner
+    if isinstance(quantization_config, StaticQuantConfig):
+        if qconfig_summary_file is None and not _is_stored(model):
+            prepared = model if inplace else share_copy(model)
+            return observe(prepared, StaticPlanner(prepared, quantization_config).plan(), quantization_config)
+        planner = StaticPlanner(model, quantization_config, qconfig_summary_file)
+    else:
+        planner = Planner(model, quantization_config)
     stored = stored_dtype(kv_dtype, dtype or model.dtype)
-    plan = Planner(model, quantization_config).plan()
+    plan = planner.plan()
     check_weights(model, plan)
     if stored is not None and not plan.cache:
         raise ValueError(
@@ -124,21 +143,32 @@ def _optimized(
     biased = added_biases(model)
     plan.report.bytes_before = weight_bytes(model)
     result = model if inplace else share_copy(model)
-    Converter(result, plan, dtype, not inplace, deployment_mode and reason is None, strict).run()
+    options = result, plan, dtype, not inplace, deployment_mode and reason is None, strict
+    (StaticConverter(planner.inputs, *options) if isinstance(planner, StaticPlanner) else Converter(*options)).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
     choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
-        _mark_quantized(result, quantization_config, biased)
+        config = planner.saved_config() if isinstance(planner, StaticPlanner) else quantization_config
+        _mark_quantized(result, config, biased)
     return result
 
 
-def _mark_quantized(model: Any, config: WeightOnlyQuantConfig, biased: list[str]) -> None:
+def _is_stored(model: Any) -> bool:
+    """Return whether a model is a quantized checkpoint that was loaded."""
+    return any(isinstance(module, CanonicalLinear) for module in model.modules())
+
+
+def _mark_quantized(model: Any, config: WeightOnlyQuantConfig | StaticQuantConfig, biased: list[str]) -> None:
     """Make `save_pretrained` of a quantized model write what `from_pretrained` needs."""
-    saved = saved_config(model, config, biased)
+    if isinstance(config, StaticQuantConfig):
+        floating = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        saved: Any = replace(config, floating_modules=floating)
+    else:
+        saved = saved_config(model, config, biased)
     model.config.quantization_config = saved
     model.hf_quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)  # the class is in llm/checkpoints
-    model.is_quantized, model.quantization_method = True, QUANT_METHOD
+    model.is_quantized, model.quantization_method = True, config.quant_method
 
 
 def _check_arguments(
@@ -165,11 +195,20 @@ def _check_arguments(
         raise ValueError(f"dtype is {dtype}; valid: torch.float32, torch.bfloat16, torch.float16")
     _check_device(device)
     _check_tensors(model, dtype, low_precision_checkpoint is not None)
-    if qconfig_summary_file is not None:
-        raise ValueError("qconfig_summary_file is for static INT8, which is not here yet; use WeightOnlyQuantConfig")
-    if quantization_config is not None and not isinstance(quantization_config, WeightOnlyQuantConfig):
+    static = isinstance(quantization_config, StaticQuantConfig)
+    if qconfig_summary_file is not None and not static:
+        raise ValueError("qconfig_summary_file is for static INT8; pass it with a StaticQuantConfig")
+    if qconfig_summary_file is None and is_observed(model):
         raise ValueError(
-            f"quantization_config is a {type(quantization_config).__name__}; valid: llm.WeightOnlyQuantConfig or None"
+            "the model is prepared for calibration: run samples through it, call llm.save_qconf_summary(model, file), then "
+            "optimize with qconfig_summary_file=file"
+        )
+    if static and low_precision_checkpoint is not None:
+        raise ValueError("low_precision_checkpoint has weights of its own; leave out the StaticQuantConfig")
+    if quantization_config is not None and not static and not isinstance(quantization_config, WeightOnlyQuantConfig):
+        raise ValueError(
+            f"quantization_config is a {type(quantization_config).__name__}; valid: llm.WeightOnlyQuantConfig, "
+            "llm.StaticQuantConfig or None"
         )
 
 

@@ -13,6 +13,7 @@ from .operator import OPERATORS, Operator
 from .quantize_weight import quantize_weight
 from .rope import rope
 from .rope_append import rope_append
+from .static_linear import static_linear, weight_sums
 
 __all__ = [
     "FORMATS",
@@ -40,6 +41,8 @@ __all__ = [
     "rope",
     "rope_append",
     "silu_mul",
+    "static_linear",
     "stored_width",
     "unpack_weight",
+    "weight_sums",
 ]

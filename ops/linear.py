@@ -169,7 +169,8 @@ def quantize_activations(x: Tensor, sizes: Geometry) -> Tensor:
     return _unpad_groups(values.flatten(1), sizes, x.shape[1])
 
 
-def _activate(y: Tensor, epilogue: str) -> Tensor:
+def activate(y: Tensor, epilogue: str) -> Tensor:
+    """Return the activation of an epilogue's name, that of the gate for the gated ones."""
     name = epilogue.removesuffix("_mul")
     if name == "gelu_tanh":
         return gelu(y, approximate="tanh")
@@ -253,11 +254,11 @@ def quant_linear(
         y = y + bias.to(y.dtype)
     if epilogue in GATED:
         gate, up = y.view(-1, rows // 32, 2, 16).unbind(2)
-        y = (_activate(gate, epilogue) * up).flatten(1)[:, :out_features]
+        y = (activate(gate, epilogue) * up).flatten(1)[:, :out_features]
     elif other is not None:
         y = y + other.reshape(y.shape) if epilogue == "add" else y * other.reshape(y.shape)
     elif epilogue != "none":
-        y = _activate(y, epilogue)
+        y = activate(y, epilogue)
     return y.reshape(*x.shape[:-1], out_features).to(x.dtype)
 
 

@@ -2,5 +2,6 @@
 
 from .loading import AutoModelForCausalLM
 from .native import from_quantized, save_quantized
+from .static import StaticQuantizer
 
-__all__ = ["AutoModelForCausalLM", "from_quantized", "save_quantized"]
+__all__ = ["AutoModelForCausalLM", "StaticQuantizer", "from_quantized", "save_quantized"]

@@ -26,6 +26,7 @@ from ..quantized import restore_floats
 from .contents import ModelNames, check_contents
 from .files import TensorFiles
 from .stored import untie
+from ..static.config import STATIC_METHOD
 
 register_quantization_config(QUANT_METHOD)(WeightOnlyQuantConfig)
 
@@ -155,6 +156,6 @@ def from_quantized(directory: str | os.PathLike[str], dtype: torch.dtype | str =
         raise ValueError(f"{path} has no config.json")
     found = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if method != QUANT_METHOD:
+    if method not in (QUANT_METHOD, STATIC_METHOD):
         raise ValueError(f"{path} is not an llmrt checkpoint (quant_method is {method!r}); load it and call optimize")
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

@@ -4,6 +4,7 @@ Every fourth of the 120 windows of the demo model's README; `llmrt perplexity --
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,12 @@ def windows(tokenizer: Any) -> Tensor:
 
 def demo(dtype: torch.dtype = torch.bfloat16) -> Any:
     return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=dtype)
+
+
+def calibration_windows(tokenizer: Any) -> Tensor:
+    """Return windows of files that the model was trained on."""
+    files = library_files()[0][::40]
+    return token_windows(tokenizer, (f.read_text("utf-8", errors="ignore") for f in files), 512, 8)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,20 @@ def test_int8_compute_keeps_the_perplexity(
     model = llm.optimize(demo(), dtype=torch.bfloat16, quantization_config=config, strict=True)
     ratio = perplexity(model, windows).value / baseline
     assert abs(ratio - 1) < bound, f"{ratio - 1:+.4%}"
+
+
+def test_static_int8_keeps_the_perplexity(windows: Tensor, tokenizer: Any, baseline: float, tmp_path: Path) -> None:
+    config = llm.StaticQuantConfig(alpha="auto")
+    prepared = llm.optimize(demo(), quantization_config=config)
+    with torch.no_grad():
+        for window in calibration_windows(tokenizer):
+            prepared(window[None])
+    llm.save_qconf_summary(prepared, tmp_path / "q.json")
+    model = llm.optimize(
+        demo(), dtype=torch.bfloat16, quantization_config=config, qconfig_summary_file=tmp_path / "q.json", strict=True
+    )
+    ratio = perplexity(model, windows).value / baseline
+    assert abs(ratio - 1) < 0.01, f"{ratio - 1:+.4%}"
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "float16"])

@@ -27,6 +27,10 @@ GATED = ops.pack_weight.reference(
     *ops.quantize(ops.interleave_gate_up(torch.randn(N, K), torch.randn(N, K)), LAYOUT), str(LAYOUT), K
 )
 
+STATIC = "int8_sym_channel_f32"
+CODES = ops.quantize(torch.randn(N, K), Layout.parse(STATIC))
+STATIC_ARGS = (ops.pack_weight.reference(*CODES, STATIC, K), ops.weight_sums(CODES[0]))
+
 
 class Case:
     """A call: `function(operator, *inputs)`; `inputs(sizes)` makes them and `dynamic` has their dynamic dimensions."""
@@ -96,6 +100,12 @@ CASES = (
     Case("quant_linear", lambda op, x, y: op(x, PACKED, None, None, str(LAYOUT), N, "fp32", "gelu"), rows, *ROWS),
     Case("quant_linear", lambda op, x, y: op(x, PACKED, None, y[..., :N], str(LAYOUT), N, "fp32", "add"), rows, *ROWS),
     Case("quant_linear", lambda op, x, y: op(x, GATED, None, None, str(LAYOUT), N, "fp32", "silu_mul"), rows, *ROWS),
+    Case(
+        "static_linear",
+        lambda op, x, y: op(x, *STATIC_ARGS, None, y[..., :N], WEIGHT.abs(), 0.05, 120, STATIC, N, "add"),
+        rows,
+        *ROWS,
+    ),
     Case("pack_weight", lambda op, x, y: op(*CANONICAL, str(LAYOUT), K), rows, *ROWS),
     Case("unpack_weight", lambda op, x, y: op(PACKED, str(LAYOUT), N, K), rows, *ROWS),
     Case("argmax", lambda op, x, y: op(x), rows, *ROWS),

@@ -79,9 +79,10 @@ def test_a_tier_is_added_but_not_chosen(built: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_samples_equal_reference_in_double(dtype: torch.dtype, emulated: str) -> None:
-    for sample in OPERATORS["quant_linear"].sample_inputs(dtype):
-        compare_with_double(OPERATORS["quant_linear"], sample)
+@pytest.mark.parametrize("name", ["quant_linear", "static_linear"])
+def test_samples_equal_reference_in_double(name: str, dtype: torch.dtype, emulated: str) -> None:
+    for sample in OPERATORS[name].sample_inputs(dtype):
+        compare_with_double(OPERATORS[name], sample)
 
 
 @pytest.mark.parametrize("compute", ["int8", "bf16", "fp32"])
@@ -132,3 +133,13 @@ def test_threads_and_nan(compute: str, emulated: str) -> None:
     for result in results:
         assert torch.equal(result[finite], results[0][finite]) and result[finite].isfinite().all()
         assert not result[6].isfinite().any() and not result[40].isfinite().any()
+
+
+@pytest.mark.parametrize("rows", [4, 5, 16, 17, 33, 70])
+def test_static_sums_are_exact(rows: int, emulated: str) -> None:
+    x = torch.randint(-100, 156, (rows, 300)).float()
+    codes = torch.randint(0, 256, (40, 300), dtype=torch.uint8)
+    layout = Layout("int8", False, -1, torch.float32)
+    packed = ops.pack_weight(codes, torch.ones(40, 1), None, str(layout), 300)
+    y = ops.static_linear(x, packed, ops.weight_sums(codes), None, None, None, 1.0, 100, str(layout), 40)
+    assert torch.equal(y.double(), x.double() @ (codes.double() - 128).T)
