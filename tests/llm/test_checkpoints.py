@@ -114,7 +114,7 @@ def test_hostile_tensors(change: Callable[..., object], message: str, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(weight_dtype="nf4"), "weight_dtype is 'nf4'; valid"),
+        (lambda c: c.update(weight_dtype="int5"), "weight_dtype is 'int5'; valid"),
         (lambda c: c.update(group_size=-5), "group_size is -5; valid"),
         (lambda c: c.update(group_size=1 << 62), "group_size is 4611686018427387904; valid"),
         (lambda c: c.update(group_size=64), "mismatch|[Ss]hape|size"),
