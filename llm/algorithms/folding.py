@@ -80,7 +80,7 @@ class Finder:
         probe = _Probe(layer, group, self.norms)
         features = layer.linear(group.names[0]).in_features
         for name in reversed(probe.before):
-            module = layer.module.get_submodule(name)
+            module: Any = layer.module.get_submodule(name)
             if layer.full(name) in self.norms:
                 spans = [(0, features)]
             else:
@@ -180,7 +180,7 @@ def _proportions(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | Non
 
 
 def fold(
-    module: nn.Module, target: Target, scale: Tensor, parameters: Callable[[str, Tensor, Tensor], Tensor]
+    module: Any, target: Target, scale: Tensor, parameters: Callable[[str, Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Divide a target's channels by input scales and return the scales [K] that were folded.
 
@@ -195,7 +195,7 @@ def fold(
     if is_linear(module):
         for part in (module.weight, module.bias):
             if part is not None:
-                part.data[rows] /= factors if part.dim() == 1 else factors[:, None]  # type: ignore[union-attr, operator]
+                part.data[rows] /= factors if part.dim() == 1 else factors[:, None]
         return scale
     offset = target.offset or 0.0
     old: Any = module.weight

@@ -229,5 +229,9 @@ def _moments(layer: Layer, group: Group) -> Tensor:
     """Return X^T X of a group's inputs over all samples."""
     k = layer.linear(group.names[0]).in_features
     total = torch.zeros((k, k))
-    layer.visit_inputs([group], lambda _, x: total.addmm_(x.T, x))
+
+    def add(_: Group, x: Tensor) -> None:
+        total.addmm_(x.T, x)
+
+    layer.visit_inputs([group], add)
     return total
