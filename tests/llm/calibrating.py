@@ -49,7 +49,9 @@ def one_column_at_a_time(weight: Tensor, hessian: Tensor, scheme: Scheme, order:
     for turn, j in enumerate(order):
         which = j // group if static else turn // group
         if which not in grids:
-            members = range(j // group * group, min((j // group + 1) * group, k)) if static else order[turn : turn + group]
+            members = (
+                range(j // group * group, min((j // group + 1) * group, k)) if static else order[turn : turn + group]
+            )
             source = weight if static else current
             grids[which] = nearest(source[:, list(members)], scheme)
         scale, zero = grids[which]
