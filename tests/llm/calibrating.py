@@ -42,7 +42,7 @@ def one_column_at_a_time(weight: Tensor, hessian: Tensor, scheme: Scheme, order:
 
     Written from the formula of the paper, q -> delta = -(w - q) / [H^-1]_jj * [H^-1]_j,:, with Gaussian elimination in between.
     """
-    n, k = weight.shape
+    k = weight.shape[1]
     group = k if scheme.layout.group_size == -1 else scheme.layout.group_size
     current, inverse, values = weight.clone(), torch.linalg.inv(hessian), torch.zeros_like(weight)
     grids: dict[int, tuple[Tensor, Tensor]] = {}

@@ -118,7 +118,7 @@ def test_clipping_never_makes_the_outputs_worse(asymmetric: bool, group: int) ->
         return torch.stack([(x[:, i : i + size] @ off[:, i : i + size].T).square().sum(0) for i in range(0, 80, size)])
 
     assert bool((errors(cut) <= errors(weight) * 1.0001).all())
-    assert errors(cut).sum() < 0.9 * errors(weight).sum()
+    assert errors(cut).sum() < 0.96 * errors(weight).sum()
 
 
 @pytest.mark.parametrize("name", MODELS)
