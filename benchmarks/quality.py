@@ -2,9 +2,9 @@
 
 Example: python benchmarks/quality.py --windows 120
 
-Writes quality.json and quality.txt to benchmarks/results, after every row, and goes on with the rows that are missing there; --fresh measures
-all again. Weights of the linears are quantized, the head is not. The rows named "weights" compute in float32, so that they show the
-weights' errors alone; the others in what a user gets. Calibration text is the training part of the library.
+Writes quality.json and quality.txt to benchmarks/results, after every row, and goes on with the rows that are missing there;
+--fresh measures all again. Weights of the linears are quantized, the head is not. The rows named "weights" compute in float32, so
+that they show the weights' errors alone; the others in what a user gets. Calibration text is the training part of the library.
 """
 
 from __future__ import annotations

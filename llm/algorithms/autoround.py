@@ -80,7 +80,7 @@ def autoround(
         schemes: the linears to quantize; all have the same layout.
         config: the samples' length and the seed.
         samples: calibration tokens.
-        tokenizer: the package wants one, or None.
+        tokenizer: of the model, or None.
 
     Raises:
         ValueError: the package is missing or leaves something that is not on its grid.
@@ -92,7 +92,7 @@ def autoround(
     with torch.enable_grad():
         tuner = tool(
             work,
-            tokenizer,
+            tokenizer if tokenizer is not None else object(),  # the samples are tokens already, but None is refused
             bits=layout.format.bits,
             group_size=layout.group_size,
             sym=not layout.asymmetric,
@@ -117,4 +117,8 @@ def autoround(
             result[name] = on_grid(linear.weight.detach(), scale, getattr(linear, "zp", None), scheme)
         except ValueError as error:
             raise ValueError(f"auto-round's {name}: {error}") from None
+    if not result:
+        raise ValueError(
+            "auto-round quantized none of the linears: it takes in and out features that are multiples of 32"
+        )
     return result

@@ -93,8 +93,6 @@ class Awq:
                 error += float(((near - weight) @ rows.T).square().sum())
             if error < least:
                 best, least = scale, error
-        if least == torch.inf:
-            raise ValueError(f"{layer.full(group.names[0])}: the calibration inputs have NaN or infinite values")
         return best
 
     def _fold(self, layer: Layer, target: Target, scale: Tensor) -> Tensor:
@@ -124,6 +122,9 @@ class _Inputs:
         self._counts: dict[str, int] = {}
         self._rows: dict[str, list[Tensor]] = {}
         layer.visit_inputs(groups, self._add)
+        for key, total_of in self._sums.items():
+            if not bool(torch.isfinite(total_of).all()):
+                raise ValueError(f"{layer.full(key)}: the calibration inputs have NaN or infinite values")
         self._kept = {key: torch.cat(parts) for key, parts in self._rows.items()}
 
     def _add(self, group: Group, x: Tensor) -> None:

@@ -179,9 +179,7 @@ def _proportions(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | Non
     return found if bool(close.all()) else None
 
 
-def fold(
-    module: Any, target: Target, scale: Tensor, parameters: Callable[[str, Tensor, Tensor], Tensor]
-) -> Tensor:
+def fold(module: Any, target: Target, scale: Tensor, parameters: Callable[[str, Tensor, Tensor], Tensor]) -> Tensor:
     """Divide a target's channels by input scales and return the scales [K] that were folded.
 
     Args:

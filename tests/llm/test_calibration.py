@@ -10,9 +10,9 @@ from models import VOCAB, tiny_model
 from test_cli import good, run
 
 from llmrt import llm
-from llmrt.llm.algorithms import autoround, calibrate
 from llmrt.llm.algorithms.autoround import on_grid
 from llmrt.llm.algorithms.calibration import calibration_samples
+from llmrt.llm.algorithms.walk import Walk
 from llmrt.llm.demo import demo_model_path, held_out_files, library_files
 from llmrt.llm.linear import Scheme, quantized
 from llmrt.ops.formats import Layout, dequantize
@@ -46,7 +46,7 @@ def test_a_file_is_cut_into_windows_of_its_tokens(demo: Any, tmp_path: Path) -> 
     assert len(drawn) == 5 and drawn <= windows
     same = calibration_samples(demo, text_config(file))
     other = calibration_samples(demo, text_config(file, seed=1))
-    texts = calibration_samples(tiny_model("llama"), text_config([text], tokenizer=tokenizer)) if VOCAB > 4096 else same
+    texts = calibration_samples(demo, text_config([text], tokenizer=tokenizer))
     assert all(torch.equal(a, b) for a, b in zip(found.tokens, same.tokens, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(found.tokens, texts.tokens, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(found.tokens, other.tokens, strict=True))
@@ -156,12 +156,18 @@ def test_autoround_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_autoround() -> None:
     pytest.importorskip("auto_round")
-    plain = tiny_model("llama")
-    fast = llm.optimize(plain, quantization_config=config("autoround"))
-    near = llm.optimize(plain, quantization_config=config("rtn"))
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    plain = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.2, **sizes)).eval()
+    fast = llm.optimize(plain, quantization_config=config("autoround", group_size=32))
+    near = llm.optimize(plain, quantization_config=config("rtn", group_size=32))
+    assert not [e for e in fast.optimization_report.entries if e.kind == "calibration" and e.by is None]
     ids, exact = torch.stack(TOKENS), plain(torch.stack(TOKENS)).logits
     errors = [(m(ids).logits - exact).square().mean() for m in (fast, near)]
     assert errors[0] < errors[1]
+    with pytest.raises(ValueError, match="multiples of 32"):
+        llm.optimize(tiny_model("llama"), quantization_config=config("autoround"))
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +184,6 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibrate.Walk, "finish", interrupted)
+    monkeypatch.setattr(Walk, "finish", interrupted)
     stopped = run("quantize", "demo", str(tmp_path / "half"), "--method", "gptq", *options)
     assert stopped.exit_code != 0 and sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
-    assert autoround.package.__doc__
