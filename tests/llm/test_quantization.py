@@ -48,7 +48,7 @@ def test_spellings(options: dict[str, Any], expected: str) -> None:
         ({"group_size": 0}, "group_size is 0; valid: -1"),
         ({"group_size": 7}, "group_size is 7; valid: -1"),
         ({"group_size": "32"}, "group_size is '32'; valid: -1"),
-        ({"method": "gptq"}, "method is 'gptq'; valid: 'rtn'"),
+        ({"method": "hqq"}, "method is 'hqq'; valid: 'rtn', 'gptq', 'awq', 'autoround'"),
         ({"lm_head": "nf4"}, "lm_head is 'nf4'; valid: True, False, 'int8', 'int4'"),
         ({"lm_head": 1}, "lm_head is 1; valid"),
         ({"use_gptq": True}, "GPTQ checkpoints cannot be read yet"),
