@@ -9,7 +9,7 @@ from . import attention as _attention
 _attention.register()
 
 from .cache import KVCache  # noqa: E402
-from .checkpoints import from_quantized, save_quantized  # noqa: E402
+from .checkpoints import AutoModelForCausalLM, from_quantized, save_quantized  # noqa: E402
 from .demo import demo_model_path  # noqa: E402
 from .export import CachedModel, export  # noqa: E402
 from .linear import QuantLinear  # noqa: E402
@@ -18,6 +18,7 @@ from .quantization import WeightOnlyQuantConfig  # noqa: E402
 from .report import OptimizationError, OptimizationReport  # noqa: E402
 
 __all__ = [
+    "AutoModelForCausalLM",
     "CachedModel",
     "KVCache",
     "OptimizationError",

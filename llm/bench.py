@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -146,23 +146,22 @@ def build(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
 
 def load(directory: Path, settings: Settings) -> PreTrainedModel:
     """Return the model of a directory, optimized as the settings say."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    from .cache import choose_kv_dtype
-    from .optimize import optimize
+    from .checkpoints import AutoModelForCausalLM
+    from .checkpoints.loading import stored_quantization
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=settings.torch_dtype(), local_files_only=True)
-    if (
-        not settings.optimize or getattr(model, "optimization_report", None) is not None
-    ):  # what llmrt wrote loads optimized
-        choose_kv_dtype(model, settings.kv_dtype_or_none())
-        return model
-    return optimize(
-        model,
+    if not settings.optimize:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=settings.torch_dtype(), local_files_only=True
+        )
+    stored = stored_quantization(_stored_config(directory), str(directory)) is not None
+    return AutoModelForCausalLM.from_pretrained(
+        directory,
+        quantization_config=None if stored else settings.quantization(),
         dtype=settings.torch_dtype(),
-        inplace=True,
-        quantization_config=settings.quantization(),
         kv_dtype=settings.kv_dtype_or_none(),
+        local_files_only=True,
     )
 
 
@@ -307,13 +306,15 @@ def bench(
         }
         settings = Settings(
             _dtype_name(dtype, config),
-            **(_stored_weights(config) or weights),
+            **(_stored_weights(getattr(config, "quantization_config", None)) or weights),
             optimize=not plain,
             kv_dtype=kv_dtype.value,
         )
         start = time.perf_counter()
         made = build(config, settings) if shape is not None else load(model, settings)  # type: ignore[arg-type]
         load_s = time.perf_counter() - start
+        if (stored := getattr(made.config, "quantization_config", None)) is not None:  # what a checkpoint had
+            settings = replace(settings, **(_stored_weights(stored.to_dict()) or {}))
     except (ValueError, OSError) as error:
         fail(str(error))
     record = {
@@ -332,9 +333,8 @@ def bench(
             json_file.write_text(text)
 
 
-def _stored_weights(config: PretrainedConfig) -> dict[str, Any] | None:
-    """Return the settings of weights that are stored quantized by llmrt: they replace the options; else None."""
-    stored = getattr(config, "quantization_config", None)
+def _stored_weights(stored: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the settings of weights that llmrt quantized, from their `quantization_config`: they replace the options; else None."""
     if stored is None or stored.get("quant_method") != "llmrt":
         return None
     names = ("weight_dtype", "compute_dtype", "group_size", "scheme")

@@ -8,13 +8,14 @@ import typer
 
 from .bench import bench
 from .commands.chat import chat
+from .commands.convert import convert
 from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.perplexity import perplexity
 from .commands.quantize import quantize
 
 app = typer.Typer(name="llmrt", no_args_is_help=True, pretty_exceptions_show_locals=False)
-for command in (generate, chat, perplexity, quantize, bench, doctor):
+for command in (generate, chat, perplexity, quantize, convert, bench, doctor):
     app.command()(command)
 
 

@@ -1,7 +1,10 @@
 """Quantized linear layers: one module for all formats, and siblings that share one packed weight.
 
-A state dict of these modules holds canonical tensors under the names of the original linears (qweight, scales, zeros, bias);
+A state dict of these modules holds canonical tensors under the names of the original linears (qweight, scales, zeros, perm, bias);
 the packed weight is derived from them and is never saved.
+
+perm, int32 [K], is there where columns were sorted by group (act-order): column k of the weight multiplies input feature perm[k],
+so the product is x[..., perm] @ W.T.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.formats import Layout, check_canonical, interleave_gate_up, split_gate_up
+from ..ops.check import check, check_dtype, check_shape
+from ..ops.formats import Layout, check_canonical, dequantize, interleave_gate_up, split_gate_up
 
 _quant_linear = ops.quant_linear.overload
 _pack = ops.pack_weight
@@ -55,11 +59,16 @@ class CanonicalLinear(nn.Module):
         layout: of the tensors.
         dtype: of the bias.
         device: of the empty buffers made here.
+        permuted: whether there is a perm.
+
+    Attributes:
+        added_bias: whether the model's class gives this linear no bias, so that a saved model must say that there is one.
     """
 
     qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
+    perm: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -70,6 +79,7 @@ class CanonicalLinear(nn.Module):
         layout: Layout,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        permuted: bool = False,
     ) -> None:
         """Make empty buffers of the right shapes."""
         super().__init__()
@@ -80,8 +90,10 @@ class CanonicalLinear(nn.Module):
         self.register_buffer("scales", torch.empty((out_features, groups), dtype=layout.scale_dtype, device=device))
         zeros = torch.empty((out_features, groups), dtype=torch.uint8, device=device) if layout.asymmetric else None
         self.register_buffer("zeros", zeros)
+        self.register_buffer("perm", torch.empty(in_features, dtype=torch.int32, device=device) if permuted else None)
         made = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
         self.register_parameter("bias", made)
+        self.added_bias = False
 
     @property
     def weight(self) -> Tensor:
@@ -92,10 +104,11 @@ class CanonicalLinear(nn.Module):
         """Return the tensors.
 
         Raises:
-            RuntimeError: shapes or dtypes are not the layout's, or a scale is NaN or infinite.
+            RuntimeError: shapes or dtypes are not the layout's, a scale is NaN or infinite, or perm is no permutation.
         """
         result = Canonical(self.qweight, self.scales, self.zeros)
         check_canonical(*result, self.layout, self.in_features)
+        check_perm(self.perm, self.in_features)
         return result
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,6 +117,30 @@ class CanonicalLinear(nn.Module):
 
 
 Source = nn.Linear | CanonicalLinear
+
+
+def check_perm(perm: Tensor | None, in_features: int) -> None:
+    """Raise RuntimeError unless perm is None or holds each of 0 .. K - 1 once."""
+    if perm is None:
+        return
+    check_dtype(perm, torch.int32, "perm")
+    check_shape(perm, (in_features,), "perm")
+    check(torch.equal(perm.sort().values, torch.arange(in_features, dtype=torch.int32)), "perm is no permutation")
+
+
+def perm_of(linear: nn.Module) -> Tensor | None:
+    """Return a linear's perm, None where columns are in the order of the input features."""
+    return linear.perm if isinstance(linear, CanonicalLinear) else None
+
+
+def same_perm(a: Tensor | None, b: Tensor | None) -> bool:
+    """Return whether two linears take their input in the same order."""
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def unpermuted(weight: Tensor, perm: Tensor | None) -> Tensor:
+    """Return a weight [N, K] with its columns in the order of the input features."""
+    return weight if perm is None else weight.index_select(1, perm.argsort())
 
 
 def quantized(weight: Tensor, scheme: Scheme) -> Canonical:
@@ -153,20 +190,23 @@ def unpack(packed: Tensor, layout: Layout, rows: int, in_features: int) -> Canon
     return Canonical(codes, scales, zeros if layout.asymmetric else None)
 
 
-def write_state(destination: dict[str, Any], prefix: str, part: Canonical, bias: Tensor | None) -> None:
+def write_state(
+    destination: dict[str, Any], prefix: str, part: Canonical, bias: Tensor | None, perm: Tensor | None = None
+) -> None:
     """Put a linear's tensors into a state dict under its name `prefix` (which ends with a dot)."""
-    for name, tensor in (*part._asdict().items(), ("bias", bias)):
+    own = None if perm is None else perm.clone()  # siblings share one, which safetensors refuses
+    for name, tensor in (*part._asdict().items(), ("perm", own), ("bias", bias)):
         if tensor is not None:
             destination[prefix + name] = tensor.detach()
 
 
 def read_state(
-    state: dict[str, Any], prefix: str, layout: Layout, rows: int, in_features: int
-) -> tuple[Canonical, list[str]]:
-    """Return a linear's tensors of a state dict and the keys used.
+    state: dict[str, Any], prefix: str, layout: Layout, rows: int, in_features: int, perm: Tensor | None
+) -> Canonical:
+    """Return a linear's tensors of a state dict; perm: what its own must be.
 
     Raises:
-        RuntimeError: a tensor is missing or does not fit the layout.
+        RuntimeError: a tensor is missing or does not fit the layout, or the perm is another one.
     """
     names = ["qweight", "scales", *(["zeros"] if layout.asymmetric else [])]
     missing = [prefix + name for name in names if prefix + name not in state]
@@ -177,7 +217,9 @@ def read_state(
     check_canonical(*part, layout, in_features)
     if part.qweight.shape[0] != rows:
         raise RuntimeError(f"{prefix}qweight has {part.qweight.shape[0]} rows; expected {rows}")
-    return part, [prefix + name for name in names]
+    if not same_perm(state.get(prefix + "perm"), perm):
+        raise RuntimeError(f"{prefix}perm is not that of the model, which was built for one order of the columns")
+    return part
 
 
 class QuantLinear(nn.Module):
@@ -191,9 +233,11 @@ class QuantLinear(nn.Module):
         out_features: N.
         compute: int8, bf16, fp16 or fp32.
         epilogue: none, relu, silu, gelu or gelu_tanh.
+        perm: int32 [K] or None, see the module's docstring.
     """
 
     packed: Tensor
+    perm: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -205,10 +249,12 @@ class QuantLinear(nn.Module):
         out_features: int,
         compute: str = "int8",
         epilogue: str = "none",
+        perm: Tensor | None = None,
     ) -> None:
         """Keep the packed weight as a buffer that is not saved."""
         super().__init__()
         self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("perm", perm, persistent=False)  # written by hand, under the name of every linear
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.layout = layout
         self.layout_text = str(layout)
@@ -219,27 +265,26 @@ class QuantLinear(nn.Module):
     def from_linear(cls, linear: Source, scheme: Scheme, epilogue: str = "none") -> QuantLinear:
         """Quantize (or take over) one linear."""
         packed = pack(canonical_of(linear, scheme), scheme.layout, linear.in_features)
-        return cls(
-            packed, linear.bias, scheme.layout, linear.in_features, linear.out_features, scheme.compute, epilogue
-        )
+        sizes = (linear.in_features, linear.out_features)
+        return cls(packed, linear.bias, scheme.layout, *sizes, scheme.compute, epilogue, perm_of(linear))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., N] in the dtype of x [..., K]."""
         packed, bias = self._buffers["packed"], self._parameters["bias"]  # look-up by attribute takes 0.3 us each
+        if (perm := self._buffers["perm"]) is not None:
+            x = x.index_select(-1, perm)
         return _quant_linear(x, packed, bias, None, self.layout_text, self.out_features, self.compute, self.epilogue)
 
     def dequantized(self) -> Tensor:
         """Return the float32 weight [N, K] that this layer stands for."""
-        from ..ops.formats import dequantize
-
-        return dequantize(*self.canonical(), self.layout, self.in_features)
+        return unpermuted(dequantize(*self.canonical(), self.layout, self.in_features), self.perm)
 
     def canonical(self) -> Canonical:
         """Return the canonical tensors."""
         return unpack(self.packed, self.layout, self.out_features, self.in_features)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        write_state(destination, prefix, self.canonical(), self.bias)
+        write_state(destination, prefix, self.canonical(), self.bias, self.perm)
 
     def _load_from_state_dict(
         self,
@@ -252,7 +297,7 @@ class QuantLinear(nn.Module):
         errors: Any,
     ) -> None:
         try:
-            part, _ = read_state(state_dict, prefix, self.layout, self.out_features, self.in_features)
+            part = read_state(state_dict, prefix, self.layout, self.out_features, self.in_features, self.perm)
             self.packed.copy_(pack(part, self.layout, self.in_features))
             if self.bias is not None:
                 self.bias.data.copy_(state_dict[prefix + "bias"])
@@ -264,6 +309,7 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self.layout_text}, compute={self.compute}, epilogue={self.epilogue}"
+            + (", permuted" if self.perm is not None else "")
         )
 
 
@@ -298,9 +344,10 @@ class LinearGroup(QuantLinear):
         sizes: list[int],
         biased: list[bool],
         compute: str,
+        perm: Tensor | None = None,
     ) -> None:
         """Keep the packed weight."""
-        super().__init__(packed, bias, layout, in_features, sum(sizes), compute)
+        super().__init__(packed, bias, layout, in_features, sum(sizes), compute, perm=perm)
         self.sizes, self.biased = sizes, biased
         self._pending: list[_Pending | None] = [None]  # in a list: assigning an attribute of a module takes 2 us
 
@@ -319,7 +366,8 @@ class LinearGroup(QuantLinear):
                 ]
             )
         sizes = [linear.out_features for linear in linears]
-        return cls(packed, bias, scheme.layout, linears[0].in_features, sizes, biased, scheme.compute)
+        first = linears[0]
+        return cls(packed, bias, scheme.layout, first.in_features, sizes, biased, scheme.compute, perm_of(first))
 
     def take(self, index: int, x: Tensor) -> Tensor:
         """Return output `index` for x: computed with all others when x is new, handed out when a sibling computed it.
@@ -335,9 +383,7 @@ class LinearGroup(QuantLinear):
                 if pending.left == 0:
                     self._pending[0] = None
                 return out
-        whole = _quant_linear(
-            x, self.packed, self.bias, None, self.layout_text, self.out_features, self.compute, "none"
-        )
+        whole = self.forward(x)
         outs: list[Tensor | None] = list(whole.split_with_sizes(self.sizes, -1))
         out, outs[index] = outs[index], None
         self._pending[0] = _Pending(x, _version(x), outs, len(outs) - 1)
@@ -399,7 +445,8 @@ class SiblingLinear(nn.Module):
         return self.group.dequantized().split_with_sizes(self.group.sizes)[self.index]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        write_state(destination, prefix, self.group.member_canonical(self.index), self.group.member_bias(self.index))
+        group, index = self.group, self.index
+        write_state(destination, prefix, group.member_canonical(index), group.member_bias(index), group.perm)
 
     def _load_from_state_dict(
         self,
@@ -413,7 +460,7 @@ class SiblingLinear(nn.Module):
     ) -> None:
         group = self.group
         try:
-            part, _ = read_state(state_dict, prefix, group.layout, self.out_features, self.in_features)
+            part = read_state(state_dict, prefix, group.layout, self.out_features, self.in_features, group.perm)
             bias = state_dict[prefix + "bias"] if group.biased[self.index] else None
             group.set_member(self.index, part, bias)
         except (RuntimeError, KeyError) as error:

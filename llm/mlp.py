@@ -19,9 +19,11 @@ from .linear import (
     interleave,
     narrow,
     pack,
+    perm_of,
     read_state,
     split_interleaved,
     unpack,
+    unpermuted,
     write_state,
 )
 
@@ -82,9 +84,11 @@ class QuantGatedMLP(nn.Module):
         activation: silu, gelu or gelu_tanh.
         names: of the original linears: (gate, up, down) or (gate_up, down).
         down: the last linear, registered under its name.
+        perm: of gate and up, int32 [K] or None; see llm/linear.py.
     """
 
     packed: Tensor
+    perm: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -98,10 +102,12 @@ class QuantGatedMLP(nn.Module):
         activation: str,
         names: tuple[str, ...],
         down: nn.Module,
+        perm: Tensor | None = None,
     ) -> None:
         """Keep the packed weight as a buffer that is not saved."""
         super().__init__()
         self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("perm", perm, persistent=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.layout, self.layout_text = layout, str(layout)
         self.in_features, self.width, self.compute = in_features, width, compute
@@ -137,11 +143,14 @@ class QuantGatedMLP(nn.Module):
                 *(b.detach() if b is not None else torch.zeros(width, dtype=torch.float32) for b in biases)
             )
         packed = pack(interleave(gate, up), scheme.layout, first.in_features)
-        return cls(packed, bias, scheme.layout, first.in_features, width, scheme.compute, activation, names, down)
+        sizes = (first.in_features, width)
+        return cls(packed, bias, scheme.layout, *sizes, scheme.compute, activation, names, down, perm_of(first))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., K] for x [..., K]."""
         packed, bias = self._buffers["packed"], self._parameters["bias"]  # look-up by attribute takes 0.3 us each
+        if (perm := self._buffers["perm"]) is not None:
+            x = x.index_select(-1, perm)
         h = _quant_linear(x, packed, bias, None, self.layout_text, self.width, self.compute, self.epilogue)
         return self._modules[self.names[-1]](h)  # type: ignore[misc]
 
@@ -154,17 +163,21 @@ class QuantGatedMLP(nn.Module):
 
     def dequantized(self) -> dict[str, Tensor]:
         """Return the float32 weights by the original linears' names, without the last one."""
-        return {name: ops.dequantize(*part, self.layout, self.in_features) for name, part in self.canonical().items()}
+        return {
+            name: unpermuted(ops.dequantize(*part, self.layout, self.in_features), self.perm)
+            for name, part in self.canonical().items()
+        }
 
-    def _biases(self) -> list[Tensor | None]:
+    def biases(self) -> list[Tensor | None]:
+        """Return the biases of the original linears, without the last one."""
         if self.bias is None:
             return [None] * (len(self.names) - 1)
         gate, up = split_gate_up(self.bias.detach(), self.width)
         return [gate, up] if len(self.names) == 3 else [torch.cat((gate, up))]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for (name, part), bias in zip(self.canonical().items(), self._biases(), strict=True):
-            write_state(destination, f"{prefix}{name}.", part, bias)
+        for (name, part), bias in zip(self.canonical().items(), self.biases(), strict=True):
+            write_state(destination, f"{prefix}{name}.", part, bias, self.perm)
 
     def _load_from_state_dict(
         self,
@@ -180,8 +193,8 @@ class QuantGatedMLP(nn.Module):
             width = self.width if len(self.names) == 3 else 2 * self.width
             parts, biases = [], []
             for name in self.names[:-1]:
-                part, _ = read_state(state_dict, f"{prefix}{name}.", self.layout, width, self.in_features)
-                parts.append(part)
+                key = f"{prefix}{name}."
+                parts.append(read_state(state_dict, key, self.layout, width, self.in_features, self.perm))
                 if self.bias is not None:
                     biases.append(state_dict[f"{prefix}{name}.bias"])
             if len(parts) == 1:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
@@ -14,10 +13,11 @@ from .algorithms import calibrate
 from .cache import choose_kv_dtype, stored_dtype
 from .convert import Converter
 from .deployment import undeployable
-from .linear import QuantLinear, SiblingLinear
+from .linear import CanonicalLinear, QuantLinear, SiblingLinear
 from .memory import weight_bytes
 from .plan import Planner, check_weights
 from .quantization import QUANT_METHOD, WeightOnlyQuantConfig
+from .quantized import added_biases, saved_config, stored_config
 from .sharing import share_copy
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +57,12 @@ def optimize(
         quantization_config: a `WeightOnlyQuantConfig`, or None for floating point. Weights that stay floating point move to pages of
             2 MB where the system has them (0.3 to 2 s per GB, unless `dtype` copies them anyway).
         qconfig_summary_file: for static INT8, not here yet.
-        low_precision_checkpoint: not here yet.
+        low_precision_checkpoint: a state dict with quantized weights of linears, by their names in the model, or (state dict,
+            configuration): the configuration maps keys (weight_key, scale_key, zero_point_key, bias_key) or says quant_method,
+            bits, group_size and desc_act; without one the layout of GPTQ is assumed, and a warning and the report say so.
+            See llm/checkpoints/low_precision.py. These linears may be on the meta device; other tensors of the state dict are
+            not read. A bias is the state dict's, else the model's. Linears without weights there are quantized if there is a
+            quantization_config and stay floating point otherwise.
         sample_inputs: not read: graphs are captured from the first calls.
         deployment_mode: True runs calls with a `KVCache`, as generate makes them, as captured graphs of operators; False always runs
             the modules. Attributes of modules, such as an epsilon, are then read once.
@@ -76,6 +81,34 @@ def optimize(
     _check_arguments(
         model, optimizer, dtype, device, quantization_config, qconfig_summary_file, low_precision_checkpoint
     )
+    settings = dtype, inplace, deployment_mode, strict, kv_dtype
+    if low_precision_checkpoint is None:
+        return _optimized(model, quantization_config, *settings)
+    from .checkpoints.state_dict import TakeOver  # its package imports this module
+
+    target = model if inplace else share_copy(model)
+    taken = TakeOver(target, low_precision_checkpoint, quantization_config)
+    try:
+        taken.check_complete()
+        return _optimized(target, quantization_config, *settings, taken)
+    except BaseException:
+        taken.undo()
+        raise
+
+
+def _optimized(
+    model: Any,
+    quantization_config: WeightOnlyQuantConfig | None,
+    dtype: torch.dtype | None,
+    inplace: bool,
+    deployment_mode: bool,
+    strict: bool,
+    kv_dtype: str | torch.dtype | None,
+    taken: Any = None,
+) -> Any:
+    """Do what `optimize` says with checked arguments; taken: the `TakeOver` of a low-precision checkpoint."""
+    if quantization_config is None and any(isinstance(m, CanonicalLinear) for m in model.modules()):
+        quantization_config = stored_config(model)
     stored = stored_dtype(kv_dtype, dtype or model.dtype)
     plan = Planner(model, quantization_config).plan()
     check_weights(model, plan)
@@ -89,6 +122,10 @@ def optimize(
     if strict:
         plan.report.raise_if_unoptimized()
     calibrated = None if quantization_config is None else calibrate(model, plan, quantization_config)
+    if taken is not None:
+        plan.report.add("", "checkpoint", taken.note)
+        taken.forget()  # nothing is refused from here on
+    biased = added_biases(model)
     plan.report.bytes_before = weight_bytes(model)
     result = model if inplace else share_copy(model)
     Converter(result, plan, dtype, not inplace, deployment_mode and reason is None, strict, calibrated).run()
@@ -96,14 +133,13 @@ def optimize(
     result.optimization_report = plan.report
     choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
-        _mark_quantized(result, quantization_config)
+        _mark_quantized(result, quantization_config, biased)
     return result
 
 
-def _mark_quantized(model: Any, config: WeightOnlyQuantConfig) -> None:
+def _mark_quantized(model: Any, config: WeightOnlyQuantConfig, biased: list[str]) -> None:
     """Make `save_pretrained` of a quantized model write what `from_pretrained` needs."""
-    floating = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    saved = replace(config, floating_modules=floating, calibration=None, tokenizer=None)
+    saved = replace(saved_config(model, config, biased), calibration=None, tokenizer=None)
     model.config.quantization_config = saved
     model.hf_quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)  # the class is in llm/checkpoints
     model.is_quantized, model.quantization_method = True, QUANT_METHOD
@@ -132,13 +168,9 @@ def _check_arguments(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype}; valid: torch.float32, torch.bfloat16, torch.float16")
     _check_device(device)
-    _check_tensors(model, dtype)
+    _check_tensors(model, dtype, low_precision_checkpoint is not None)
     if qconfig_summary_file is not None:
         raise ValueError("qconfig_summary_file is for static INT8, which is not here yet; use WeightOnlyQuantConfig")
-    if low_precision_checkpoint is not None:
-        raise ValueError(
-            "low_precision_checkpoint is not here yet; load the floating-point model and pass a WeightOnlyQuantConfig"
-        )
     if quantization_config is not None and not isinstance(quantization_config, WeightOnlyQuantConfig):
         raise ValueError(
             f"quantization_config is a {type(quantization_config).__name__}; valid: llm.WeightOnlyQuantConfig or None"
@@ -155,9 +187,10 @@ def _check_device(device: Any) -> None:
         raise RuntimeError("device is 'xpu', but llmrt has no XPU kernels yet; use device='cpu'")
 
 
-def _check_tensors(model: Any, dtype: torch.dtype | None) -> None:
+def _check_tensors(model: Any, dtype: torch.dtype | None, may_lack: bool) -> None:
+    """Raise ValueError for tensors on another device; may_lack: linears may be on the meta device."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type != "cpu":
+        if tensor.device.type != "cpu" and not (may_lack and tensor.is_meta):
             raise ValueError(
                 f"{name} is on {tensor.device}; expected a model on the CPU (load it with device_map='cpu')"
             )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import probe, trial
 from .cache_setup import CacheSetup
 from .families import FAMILIES, Family, Gated, GatedFused, Plain, find_family
-from .linear import CanonicalLinear, Scheme
+from .linear import CanonicalLinear, Scheme, perm_of, same_perm
 from .memory import FilePages, tensors_of
 from .mlp import GATED_ACTIVATIONS
 from .norm import is_layer_norm, rms_norm_eps
@@ -101,7 +101,7 @@ class Planner:
         if self.quantization is not None:
             self._siblings()
             self._linears()
-            self._unmatched_exclusions()
+            self._unmatched_names()
         else:
             self._float_linears()
         return self.plan_
@@ -240,9 +240,8 @@ class Planner:
                 self._remark(owner, f"{type(module).__name__} does not compute down({activation}(gate) * up)")
                 continue
             schemes = tuple(s for s in (self._scheme(n) for n in full) if s is not None)
-            together = len(schemes) == len(full) and len(set(schemes[:-1])) == 1
-            if self.quantization is not None and not together:
-                self._remark(owner, "modules_to_not_convert keeps some of its linears", expected=True)
+            if self.quantization is not None and (apart := self._apart(full, schemes)) is not None:
+                self._remark(owner, apart, expected=True)
                 continue
             by = (
                 f"ops.quant_linear (epilogue {activation}_mul)"
@@ -258,6 +257,15 @@ class Planner:
                     inside = "" if linear == full[-1] else f", epilogue {activation}_mul"
                     self.report.add(linear, "linear", f"QuantLinear {scheme.layout}{inside}")
                 self.taken.update(full if schemes else ())
+
+    def _apart(self, full: tuple[str, ...], schemes: tuple[Scheme, ...]) -> str | None:
+        """Return why gate and up cannot share a packed weight, or None."""
+        if len(schemes) < len(full):
+            return "modules_to_not_convert keeps some of its linears"
+        first = perm_of(self.modules[full[0]])
+        if len(set(schemes[:-1])) > 1 or not all(same_perm(first, perm_of(self.modules[n])) for n in full[:-1]):
+            return "its gate and up are stored in different formats"
+        return None
 
     def _plain(self, kind: Plain) -> None:
         for owner, module in self._owners((kind.first, kind.second)):
@@ -298,11 +306,9 @@ class Planner:
         if config is None or name in self.read or config.excluded_by(name) is not None:
             return None
         if isinstance(module, CanonicalLinear):
-            return Scheme(module.layout, config.compute)
-        if module is self.model.get_output_embeddings():
-            layout = config.head_layout()
-            return None if layout is None else Scheme(layout, config.compute)
-        return Scheme(config.layout(), config.compute, config.fullrange)
+            return Scheme(module.layout, config.compute_of(module.layout))
+        layout = config.layout_of(name, module is self.model.get_output_embeddings())
+        return None if layout is None else Scheme(layout, config.compute_of(layout), config.rounds_fullrange(layout))
 
     def _siblings(self) -> None:
         groups = dict.fromkeys(row.siblings for row in self.rows if row.siblings)
@@ -312,17 +318,27 @@ class Planner:
                 self._sibling_group(owner, module, attributes)
 
     def _sibling_group(self, owner: str, module: nn.Module, attributes: tuple[str, ...]) -> None:
-        schemes = {_join(owner, a): self._scheme(_join(owner, a)) for a in attributes}
-        names = [n for n, s in schemes.items() if s is not None and n not in self.taken]
-        same = len({schemes[n] for n in names}) == 1 and len({self.modules[n].in_features for n in names}) == 1
-        if len(names) < 2 or not same or any(self._obstacle(self.modules[n]) for n in names):
-            return
-        scheme = schemes[names[0]]
-        assert scheme is not None
-        self.plan_.steps.append(Step("group", tuple(names), schemes=(scheme,)))
-        self.taken.update(names)
-        for name in names:
-            self.report.add(name, "linear", f"QuantLinear {scheme.layout}, one weight for {len(names)} siblings")
+        """Plan one weight for those of the linears that are stored alike."""
+        alike: list[tuple[Scheme, list[str]]] = []
+        for name in (_join(owner, a) for a in attributes):
+            scheme = self._scheme(name)
+            if scheme is None or name in self.taken or self._obstacle(self.modules[name]) is not None:
+                continue
+            found = next((names for s, names in alike if s == scheme and self._same_input(names[0], name)), None)
+            if found is None:
+                alike.append((scheme, found := []))
+            found.append(name)
+        for scheme, names in alike:
+            if len(names) < 2:
+                continue
+            self.plan_.steps.append(Step("group", tuple(names), schemes=(scheme,)))
+            self.taken.update(names)
+            for name in names:
+                self.report.add(name, "linear", f"QuantLinear {scheme.layout}, one weight for {len(names)} siblings")
+
+    def _same_input(self, a: str, b: str) -> bool:
+        first, second = self.modules[a], self.modules[b]
+        return first.in_features == second.in_features and same_perm(perm_of(first), perm_of(second))
 
     def _linears(self) -> None:
         head = self.model.get_output_embeddings()
@@ -333,7 +349,9 @@ class Planner:
             assert self.quantization is not None
             scheme = self._scheme(name)
             if (entry := self.quantization.excluded_by(name)) is not None:
-                self._dense(name, module, kind, f"modules_to_not_convert has {entry!r}")
+                stored = name in (self.quantization.floating_modules or ())
+                reason = "the checkpoint keeps it floating point" if stored else f"modules_to_not_convert has {entry!r}"
+                self._dense(name, module, kind, reason)
             elif not is_linear(module):
                 reason = f"{type(module).__name__} has a forward of its own"
                 self.report.add(name, kind, reason=reason, expected=False)
@@ -368,9 +386,12 @@ class Planner:
             own = f"{type(module).__name__} is a class of its own; graphs run it by ops.dense_linear"
             self.report.add(name, kind, reason="; ".join(filter(None, (reason, own))))
 
-    def _unmatched_exclusions(self) -> None:
+    def _unmatched_names(self) -> None:
         assert self.quantization is not None
         names = [n for n, m in self.modules.items() if isinstance(m, nn.Linear | CanonicalLinear)]
+        for name in self.quantization.layouts or ():
+            if name not in names:
+                raise ValueError(f"layouts has {name!r}, which is no linear of the model")
         for entry in self.quantization.modules_to_not_convert or ():
             alone = WeightOnlyQuantConfig(modules_to_not_convert=[entry])
             if not any(alone.excluded_by(n) for n in names):

@@ -57,6 +57,12 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
             stays floating point. Embeddings always stay floating point, also when the head was tied to them.
         fullrange: what "int4_fullrange" sets.
         floating_modules: full names of the linears that a saved model keeps floating point; written at saving.
+        layouts: full name of a linear -> its layout ("int8_asym_g32_f16"), where it is not the one that the fields above give: bits
+            that differ by layer. Written at saving; given to `optimize`, it quantizes these linears so.
+        permuted_modules: full names of the linears whose columns a saved model keeps in another order than the input features
+            (GPTQ's act-order); written at saving.
+        biased_modules: full names of the linears that have a bias which the model's class does not give them; written at saving.
+        source: what a conversion was made from ("gptq", "awq", ...), for information; written at saving.
         quant_method: "llmrt", how transformers finds the reader.
         alg: the predecessors' name of scheme.
         load_in_4bit, load_in_8bit: the predecessors' way to say int4 or int8.
@@ -85,6 +91,10 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
     lm_head: bool | str = True
     fullrange: bool = False
     floating_modules: list[str] | None = None
+    layouts: dict[str, str] | None = None
+    permuted_modules: list[str] | None = None
+    biased_modules: list[str] | None = None
+    source: str | None = None
     quant_method: str = QUANT_METHOD
     alg: str | None = field(default=None, repr=False)
     load_in_4bit: bool = field(default=False, repr=False)
@@ -127,6 +137,7 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
             raise ValueError("fullrange (int4_fullrange) is symmetric; scheme 'asym' uses every code anyway")
         if isinstance(self.modules_to_not_convert, str):
             self.modules_to_not_convert = [self.modules_to_not_convert]
+        self._check_names()
         try:
             self.layout()
         except RuntimeError as error:
@@ -142,6 +153,37 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
                 raise ValueError(f"{name} is {value!r}; valid: an integer, at least {least}")
         if type(self.damping) not in (int, float) or not 0 <= self.damping <= 1:
             raise ValueError(f"damping is {self.damping!r}; valid: 0 to 1 (0.01 is usual)")
+
+    def _check_names(self) -> None:
+        for field_name in ("modules_to_not_convert", "floating_modules", "permuted_modules", "biased_modules"):
+            names = getattr(self, field_name)
+            if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
+                raise ValueError(f"{field_name} is {names!r}; valid: a list of names of linears, or None")
+        if self.source is not None and not isinstance(self.source, str):
+            raise ValueError(f"source is {self.source!r}; valid: a text or None")
+        if self.layouts is not None and not isinstance(self.layouts, dict):
+            raise ValueError(f"layouts is {self.layouts!r}; valid: a dict of names of linears to layouts, or None")
+        for name, text in (self.layouts or {}).items():
+            try:
+                Layout.parse(text)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"layouts[{name!r}]: {error}") from None
+
+    def layout_of(self, name: str, head: bool = False) -> Layout | None:
+        """Return the layout of a linear by its full name, or None when it stays floating point; head: whether it is the head."""
+        if self.excluded_by(name) is not None:
+            return None
+        if self.layouts is not None and name in self.layouts:
+            return Layout.parse(self.layouts[name])
+        return self.head_layout() if head else self.layout()
+
+    def compute_of(self, layout: Layout) -> str:
+        """Return the compute of a weight of this layout."""
+        return self.compute
+
+    def rounds_fullrange(self, layout: Layout) -> bool:
+        """Return whether quantizing to this layout uses the signed extreme / -8."""
+        return self.fullrange and layout == self.layout()
 
     def layout(self) -> Layout:
         """Return the layout of the linears other than the head."""

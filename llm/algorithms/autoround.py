@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.formats import join_codes
+from ...ops.formats import Layout, join_codes
 from ..linear import Canonical, Scheme
 from ..quantization import WeightOnlyQuantConfig
 from .calibration import Samples
@@ -70,6 +70,10 @@ def on_grid(weight: Tensor, scale: Tensor, zero: Tensor | int | None, scheme: Sc
     return Canonical(join_codes(codes.to(torch.uint8), layout.format.bits), scale.to(layout.scale_dtype), stored)
 
 
+def _settings(layout: Layout) -> dict[str, Any]:
+    return {"bits": layout.format.bits, "group_size": layout.group_size, "sym": not layout.asymmetric}
+
+
 def autoround(
     model: Any, schemes: Mapping[str, Scheme], config: WeightOnlyQuantConfig, samples: Samples, tokenizer: Any
 ) -> dict[str, Canonical]:
@@ -77,7 +81,7 @@ def autoround(
 
     Args:
         model: floating point.
-        schemes: the linears to quantize; all have the same layout.
+        schemes: the linears to quantize.
         config: the samples' length and the seed.
         samples: calibration tokens.
         tokenizer: of the model, or None.
@@ -93,14 +97,15 @@ def autoround(
         tuner = tool(
             work,
             tokenizer if tokenizer is not None else object(),  # the samples are tokens already, but None is refused
-            bits=layout.format.bits,
-            group_size=layout.group_size,
-            sym=not layout.asymmetric,
+            **_settings(layout),
             nsamples=len(samples.tokens),
             seqlen=min(t.shape[1] for t in samples.tokens),
             dataset=samples.tokens,
             seed=config.seed,
-            layer_config={name: {"bits": 16} for name in others},
+            layer_config={
+                **{name: {"bits": 16} for name in others},
+                **{name: _settings(s.layout) for name, s in schemes.items() if s.layout != layout},
+            },
             quant_lm_head=False,
             enable_torch_compile=False,
             device_map="cpu",

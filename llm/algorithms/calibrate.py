@@ -92,39 +92,47 @@ def _layer_by_layer(
         for index in range(len(walk)):
             layer = walk.layer(index)
             for name, rounded in method.layer(layer):
-                result.linears[layer.full(name)] = _canonical_linear(
-                    model, layer.full(name), schemes, rounded.canonical, rounded.bias
-                )
+                result.linears[layer.full(name)] = _canonical_linear(model, layer.full(name), schemes, rounded)
                 progress.advance()
             walk.finish(layer)
             pages.release()
             return_free_memory()
         for name, moments in _outside_moments(walk):
             rounded = method.alone(name, model.get_submodule(name).weight.float(), schemes[name], moments)
-            result.linears[name] = _canonical_linear(model, name, schemes, rounded.canonical, rounded.bias)
+            result.linears[name] = _canonical_linear(model, name, schemes, rounded)
             progress.advance()
     result.parameters = method.folded()
     return result
 
 
 def _schemes(model: Any, plan: Plan, config: WeightOnlyQuantConfig) -> dict[str, Scheme]:
-    """Return the schemes of a plan's float linears that have the configuration's layout."""
+    """Return the schemes of a plan's float linears; the head's only if it has the layout of the others."""
     found: dict[str, Scheme] = {}
     for step in plan.steps:
         linears = [n for n in step.names if isinstance(model.get_submodule(n), nn.Linear)]
         schemes = step.schemes * len(linears) if len(step.schemes) == 1 else step.schemes
         found.update(zip(linears, schemes, strict=False))
-    return {name: scheme for name, scheme in found.items() if scheme.layout == config.layout()}
+    head = model.get_output_embeddings()
+    wanted = {n: s for n, s in found.items() if s.layout == config.layout() or model.get_submodule(n) is not head}
+    for name, scheme in wanted.items():
+        if config.method in ("gptq", "autoround") and scheme.layout.weight_dtype not in ("int4", "int8"):
+            raise ValueError(
+                f"{name} is to be {scheme.layout}; method {config.method!r} makes 'int4' and 'int8', 'awq' and 'rtn' every format"
+            )
+    return wanted
 
 
 def _canonical_linear(
-    model: Any, name: str, schemes: Mapping[str, Scheme], part: Canonical, bias: Tensor | None = None
+    model: Any, name: str, schemes: Mapping[str, Scheme], rounded: Rounded | Canonical
 ) -> CanonicalLinear:
     old = model.get_submodule(name)
     new = CanonicalLinear(
         old.in_features, old.out_features, old.bias is not None, schemes[name].layout, old.weight.dtype, "meta"
     )
-    new.qweight, new.scales, new.zeros = part
+    bias = None
+    if isinstance(rounded, Rounded):
+        new.perm, bias, rounded = rounded.perm, rounded.bias, rounded.canonical
+    new.qweight, new.scales, new.zeros = rounded
     if old.bias is not None:
         new.bias = nn.Parameter(old.bias.detach() if bias is None else bias, False)
     return new

@@ -1,14 +1,16 @@
 """llmrt's own checkpoint format, through transformers.
 
 A directory as `save_pretrained` writes it: config.json with ``quantization_config: {"quant_method": "llmrt", ...}`` and safetensors
-in which a quantized linear `name` has the canonical tensors ``name.qweight``, ``name.scales``, ``name.zeros`` (asymmetric only) and
-``name.bias``. The packed weights of a CPU or GPU are made at load. After ``import llmrt.llm`` (transformers has no plugin
-mechanism: without it the weights would be skipped with a mere warning) ``AutoModelForCausalLM.from_pretrained`` reads it.
+in which a quantized linear `name` has the canonical tensors ``name.qweight``, ``name.scales``, ``name.zeros`` (asymmetric only),
+``name.perm`` (act-order only) and ``name.bias``. The packed weights of a CPU or GPU are made at load. After ``import llmrt.llm``
+(transformers has no plugin mechanism: without it the weights would be skipped with a mere warning)
+``AutoModelForCausalLM.from_pretrained`` reads it.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,10 @@ from ..linear import CanonicalLinear
 from ..optimize import optimize
 from ..plan import is_linear
 from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
+from ..quantized import restore_floats
+from .contents import ModelNames, check_contents
+from .files import TensorFiles
+from .stored import untie
 
 register_quantization_config(QUANT_METHOD)(WeightOnlyQuantConfig)
 
@@ -33,38 +39,20 @@ class Quantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse a device that llmrt has no kernels for."""
-        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        wrong = [str(d) for d in devices if d is not None and str(d) not in ("cpu", "auto")]
-        if wrong:
-            raise ValueError(
-                f"device_map has {', '.join(wrong)}; an llmrt checkpoint loads on the CPU (device_map='cpu')"
-            )
+        check_device_map(device_map)
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
-            return
-        config = self.quantization_config
-        head = model.get_output_embeddings()
-        linears = {name: m for name, m in model.named_modules() if is_linear(m)}
-        unknown = sorted(set(config.floating_modules or ()) - set(linears))
-        if unknown:
-            raise ValueError(
-                f"quantization_config.floating_modules names no linear of this model: {', '.join(unknown)}"
-            )
-        for name, linear in linears.items():
-            layout = config.head_layout() if linear is head else config.layout()
-            if layout is None or name in (config.floating_modules or ()):
-                continue
-            new = CanonicalLinear(
-                linear.in_features, linear.out_features, linear.bias is not None, layout, linear.weight.dtype, "meta"
-            )
-            new._is_hf_initialized = True  # type: ignore[assignment]
-            model.set_submodule(name, new)
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            prepare_native(model, self.quantization_config, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        _check_loaded(model)
+        check_loaded(model)
         model.eval()
         return optimize(model, inplace=True, quantization_config=self.quantization_config)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving leaves a text in the configuration
+        return restore_floats(model, dtype or model.dtype)
 
     def is_serializable(self) -> bool:
         """Saving writes canonical tensors."""
@@ -81,7 +69,51 @@ class Quantizer(HfQuantizer):
         return True
 
 
-def _check_loaded(model: nn.Module) -> None:
+def check_device_map(device_map: Any) -> None:
+    """Raise ValueError if a device_map places anything elsewhere than on the CPU."""
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    wrong = [str(d) for d in devices if d is not None and str(d) not in ("cpu", "auto")]
+    if wrong:
+        raise ValueError(
+            f"device_map has {', '.join(wrong)}; a quantized checkpoint loads on the CPU (device_map='cpu')"
+        )
+
+
+def prepare_native(model: Any, config: WeightOnlyQuantConfig, paths: Sequence[str] | None) -> None:
+    """Replace the quantized linears of a model on the meta device by empty `CanonicalLinear`s.
+
+    Args:
+        model: not yet loaded.
+        config: of the checkpoint.
+        paths: its files, whose headers are compared with the model; None: a state dict is loaded.
+
+    Raises:
+        ValueError: the configuration names linears that the model lacks, or a tensor is missing or of another shape or dtype.
+    """
+    names = ModelNames(model)
+    head = model.get_output_embeddings()
+    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    for field in ("floating_modules", "layouts", "permuted_modules", "biased_modules"):
+        unknown = sorted(set(getattr(config, field) or ()) - set(linears))
+        if unknown:
+            raise ValueError(f"quantization_config.{field} names no linear of this model: {', '.join(unknown)}")
+    for name, linear in linears.items():
+        layout = config.layout_of(name, linear is head)
+        if layout is None:
+            continue
+        added = linear.bias is None and name in (config.biased_modules or ())
+        sizes, biased = (linear.in_features, linear.out_features), added or linear.bias is not None
+        permuted = name in (config.permuted_modules or ())
+        new = CanonicalLinear(*sizes, biased, layout, linear.weight.dtype, "meta", permuted)
+        new.added_bias = added
+        new._is_hf_initialized = True  # type: ignore[assignment]
+        model.set_submodule(name, new)
+    untie(model)
+    if paths is not None:
+        check_contents(model, TensorFiles(paths), names)
+
+
+def check_loaded(model: nn.Module) -> None:
     """Raise ValueError if the checkpoint lacked a tensor (transformers would go on with what memory held)."""
     for name, module in model.named_modules():
         if not isinstance(module, CanonicalLinear):

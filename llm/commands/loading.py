@@ -60,7 +60,7 @@ def is_model_directory(name: str) -> bool:
 
 
 def _local_directory(name: str) -> str | None:
-    """Return the directory that `name` means, or None for a name on the hub; exit if it is a path to nothing."""
+    """Return the directory (or GGUF file) that `name` means, or None for a name on the hub; exit if it is a path to nothing."""
     if name == DEMO:
         return str(demo_model_path())
     if not name.strip():
@@ -69,8 +69,10 @@ def _local_directory(name: str) -> str | None:
         return str(Path(name).expanduser())
     if os.path.isdir(os.path.expanduser(name)):
         fail(f"{name}: the directory has no config.json, so it holds no model")
+    if name.endswith(".gguf") and os.path.isfile(os.path.expanduser(name)):
+        return os.path.expanduser(name)
     if os.path.exists(os.path.expanduser(name)):
-        fail(f"{name}: is a file; give the directory that holds the model")
+        fail(f"{name}: is a file; give the directory that holds the model, or a .gguf file")
     if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
         fail(f"{name}: no such directory")
     return None
@@ -95,39 +97,49 @@ def load(
     dtype: torch.dtype | None = None,
     quantization: WeightOnlyQuantConfig | None = None,
     kv_dtype: str | None = None,
+    compute_dtype: str | None = None,
+    quantized_only: bool = False,
 ) -> Loaded:
-    """Return the optimized model of a local directory or a name on the hub.
+    """Return the optimized model of a local directory, a GGUF file or a name on the hub.
 
     Args:
-        name: "demo", a directory (never looked up on the hub), or else a name on the Hugging Face hub.
+        name: "demo", a directory or file (never looked up on the hub), or else a name on the Hugging Face hub.
         dtype: of everything that is not quantized; None: as the checkpoint says.
         quantization: quantize the weights; None: leave them as stored.
         kv_dtype: what the cache stores keys and values as; None: the model's dtype.
+        compute_dtype: of the products of weights that are stored quantized; None: "auto".
+        quantized_only: exit if the weights are stored floating point.
     """
     directory = _local_directory(name)
     start = time.perf_counter()
     import transformers
 
-    from ..cache import choose_kv_dtype
-    from ..optimize import optimize
+    from ..checkpoints import AutoModelForCausalLM
+    from ..checkpoints.loading import stored_quantization
 
     transformers.utils.logging.disable_progress_bar()
     source, local = directory or name, directory is not None
+    options: dict[str, Any] = {"local_files_only": local}
     with _short_errors(
         f"{name} cannot be loaded" if local else f"{name} is no directory here, and the Hugging Face hub failed"
     ):
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
-        if getattr(config, "quantization_config", None) is not None and quantization is not None:
+        is_file = os.path.isfile(source)
+        config = None if is_file else transformers.AutoConfig.from_pretrained(source, **options)
+        stored = None if config is None else stored_quantization(config, source)
+        if (stored is not None or is_file) and quantization is not None:
             fail(f"{name} is quantized already; leave out --weight-dtype, or give the floating-point model")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype or "auto", local_files_only=local
-        ).eval()
-    with _short_errors(f"{name} cannot be optimized"):
-        if getattr(model, "optimization_report", None) is None:  # a directory that llmrt wrote loads optimized
-            model = optimize(
-                model, dtype=model.dtype, inplace=True, quantization_config=quantization, kv_dtype=kv_dtype
-            )
-        else:
-            choose_kv_dtype(model, kv_dtype)
+        if stored is None and not is_file and quantized_only:
+            fail(f"{name} is not quantized; llmrt quantize makes a quantized copy of it")
+        folder, file = os.path.split(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            *((folder or ".",) if is_file else (source,)), **options, **({"gguf_file": file} if is_file else {})
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            quantization_config=quantization,
+            dtype=dtype,
+            compute_dtype=compute_dtype,
+            kv_dtype=kv_dtype,
+            **({} if is_file else options),
+        )
     return Loaded(model, tokenizer, time.perf_counter() - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -98,6 +99,9 @@ ComputeDTypeOption = Annotated[
 KVDTypeOption = Annotated[
     KVDType, typer.Option("--kv-dtype", help="Of cached keys and values; int8 halves their bytes. auto: as --dtype.")
 ]
+ShardSizeOption = Annotated[
+    str, typer.Option("--max-shard-size", help="Largest weight file to write, such as 5GB or 500MB.")
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads; default: one per physical core.")
 ]
@@ -110,6 +114,12 @@ TopPOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Of the sampling; default: a new one every time.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def check_shard_size(text: str) -> None:
+    """Exit unless the text is a size as transformers takes it."""
+    if re.fullmatch(r"[1-9]\d{0,8}(\.\d+)?\s*(KB|MB|GB|TB)", text, re.IGNORECASE) is None:
+        fail(f"--max-shard-size is {text!r}; valid: a number with KB, MB, GB or TB, such as 5GB")
 
 
 def set_threads(threads: int | None) -> None:

@@ -84,6 +84,7 @@ def quantize(
     ] = None,
     dtype: o.DTypeOption = o.DType.AUTO,
     threads: o.ThreadsOption = None,
+    max_shard_size: o.ShardSizeOption = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace the model in OUT if OUT is not empty.")] = False,
 ) -> None:
     """Quantize MODEL and write it to OUT, with its tokenizer; every command takes OUT as a model.
@@ -92,7 +93,7 @@ def quantize(
 
     Example: llmrt quantize ./Llama-3.2-1B ./Llama-3.2-1B-gptq --method gptq --calibration wiki.txt
     """
-    _check_out(model, out, force)
+    check_out(model, out, force)
     config = _config(
         weight_dtype=weight_dtype.value,
         group_size=group_size,
@@ -109,6 +110,7 @@ def quantize(
         lm_head=False if lm_head is Head.NONE else lm_head.value,
         modules_to_not_convert=skip,
     )
+    o.check_shard_size(max_shard_size)
     o.set_threads(threads)
     from rich.console import Console
 
@@ -117,13 +119,14 @@ def quantize(
     with show if method is Method.RTN else nullcontext():  # the others show a bar of their own
         loaded = load(model, dtype.torch(), config)
     with console.status(f"writing {out}"):
-        _write(loaded, out)
+        write(loaded, out, max_shard_size)
     report = loaded.model.optimization_report
     megabytes = sum(file.stat().st_size for file in out.iterdir() if file.is_file()) / 1e6
     typer.echo(f"{out}: {config.layout()}, {megabytes:.1f} MB (weights {report.bytes_before / 1e6:.1f} MB before)")
 
 
-def _check_out(model: str, out: Path, force: bool) -> None:
+def check_out(model: str, out: Path, force: bool) -> None:
+    """Exit unless OUT may be written."""
     if out.exists() and not out.is_dir():
         o.fail(f"{out}: is a file; give a directory")
     if out.is_dir() and Path(model).is_dir() and out.resolve() == Path(model).resolve():
@@ -141,12 +144,12 @@ def _config(**values: Any) -> Any:
         o.fail(str(error))
 
 
-def _write(loaded: Loaded, out: Path) -> None:
+def write(loaded: Loaded, out: Path, max_shard_size: str = "5GB") -> None:
     """Write beside OUT first and rename then, so that no half-written model stays behind."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         written = Path(temporary) / "model"
-        loaded.model.save_pretrained(written)
+        loaded.model.save_pretrained(written, max_shard_size=max_shard_size)
         loaded.tokenizer.save_pretrained(written)
         if out.is_dir() and any(out.iterdir()):
             for old in (*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")):

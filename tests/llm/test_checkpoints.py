@@ -98,7 +98,7 @@ Q = "model.layers.1.self_attn.q_proj."
         (lambda t: t.pop("model.layers.1.mlp.up_proj.scales"), "has no model.layers.1.mlp.up_proj.scales"),
         (lambda t: t[Q + "scales"].fill_(torch.inf), "q_proj.scales has NaN or infinite values"),
         (lambda t: t["lm_head.scales"][5].fill_(torch.nan), "lm_head.*scales has NaN or infinite values"),
-        (lambda t: t.update({Q + "qweight": t[Q + "qweight"].int()}), "codes has dtype int32; expected uint8"),
+        (lambda t: t.update({Q + "qweight": t[Q + "qweight"].int()}), "q_proj.qweight has dtype int32; expected uint8"),
         (lambda t: t.update({Q + "qweight": t[Q + "qweight"][:, :4]}), "mismatch|[Ss]hape|size"),
         (lambda t: t.update({Q + "qweight": t[Q + "qweight"][:7]}), "mismatch|[Ss]hape|size"),
     ],

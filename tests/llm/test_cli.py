@@ -37,7 +37,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "perplexity", "quantize", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "chat", "perplexity", "quantize", "convert", "bench", "doctor"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"Example: llmrt {command}" in good(command, "--help").stdout
 

@@ -143,6 +143,17 @@ def test_save_and_reload_is_bit_equal(tmp_path: Path) -> None:
     assert (saved.method, saved.act_order, saved.calibration) == ("gptq", False, None)
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
+def test_groups_in_the_order_of_rounding_permute_the_inputs(name: str, tmp_path: Path) -> None:
+    settings = config("gptq", static_groups=False, lm_head="int4")
+    fast, batch = llm.optimize(tiny_model(name), quantization_config=settings, strict=True), padded_batch()
+    assert error(fast(**batch).logits, dequantized(name, fast)(**batch).logits, batch["attention_mask"]) < 1e-4
+    llm.save_quantized(fast, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch).logits, fast(**batch).logits)
+    assert len(loaded.config.quantization_config.permuted_modules) > 6
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_an_interruption_leaves_the_model_as_it_was(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import copy

@@ -1,0 +1,75 @@
+"""Compares what a checkpoint's files hold with what a model needs, by headers alone: before memory is taken."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from .files import TensorFiles
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ModelNames:
+    """The names of a checkpoint's tensors in the model, as transformers will rename them.
+
+    Args:
+        model: not yet loaded; its linears may be replaced later.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Ask transformers for its rules."""
+        rules = get_model_conversion_mapping(model)
+        self._renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+        self._converters = [r for r in rules if isinstance(r, WeightConverter)]
+        self._base = model.base_model_prefix
+        self._known = model.state_dict()
+
+    def of(self, key: str) -> tuple[str, bool]:
+        """Return a tensor's name in the model and whether transformers computes another tensor from it."""
+        name, converter = rename_source_key(key, self._renamings, self._converters, self._base, self._known)
+        if name not in self._known and key in self._known:
+            return key, False
+        return name, converter is not None
+
+
+def check_contents(model: Any, files: TensorFiles, names: ModelNames) -> None:
+    """Raise ValueError unless the files have every tensor that the model loads from them, with its shape and kind.
+
+    Args:
+        model: on the meta device; linears that are read in another way are replaced by modules without tensors.
+        files: of the checkpoint.
+        names: of the model before linears were replaced.
+    """
+    wanted = model.state_dict()
+    found: set[str] = set()
+    for key, entry in files.entries.items():
+        for name in dict.fromkeys((key, names.of(key)[0])):
+            if name not in wanted:
+                continue
+            found.add(name)
+            tensor = wanted[name]
+            if names.of(key)[1]:
+                continue
+            if tuple(tensor.shape) != entry.shape:
+                raise ValueError(
+                    f"{key} has shape {list(entry.shape)}; expected {list(tensor.shape)}, a size of the model"
+                )
+            if entry.dtype != tensor.dtype and not (tensor.dtype in _FLOATING and entry.dtype in _FLOATING):
+                raise ValueError(f"{key} has dtype {_short(entry.dtype)}; expected {_short(tensor.dtype)}")
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    found |= {target for target, source in tied.items() if source in found}
+    found |= {source for target, source in tied.items() if target in found}
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+    missing = [n for n in wanted if n not in found and not any(p.search(n) for p in ignored)]
+    if missing:
+        more = f" and {len(missing) - 1} more tensors of the model" if len(missing) > 1 else ""
+        raise ValueError(f"the checkpoint has no {missing[0]}{more}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

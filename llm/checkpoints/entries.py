@@ -1,0 +1,138 @@
+"""Checks that readers share: of configuration values, of shapes and dtypes before tensors are read, of values after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reader import Entry
+
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
+FLOATING = (*SCALES, torch.float64)
+
+
+def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """Return shapes and dtypes of tensors."""
+    return {suffix: Entry(tuple(tensor.shape), tensor.dtype) for suffix, tensor in tensors.items()}
+
+
+def expect(
+    name: str,
+    suffix: str,
+    found: Mapping[str, Entry],
+    shape: Sequence[int],
+    dtypes: Collection[torch.dtype],
+    required: bool = True,
+) -> None:
+    """Raise ValueError unless the tensor `name.suffix` is there (if required) with this shape and one of these dtypes."""
+    entry = found.get(suffix)
+    if entry is None:
+        if required:
+            raise ValueError(f"{name}.{suffix} is missing; the checkpoint has {_listed(found)}")
+        return
+    if tuple(entry.shape) != tuple(shape):
+        raise ValueError(f"{name}.{suffix} has shape {list(entry.shape)}; expected {list(shape)}")
+    if entry.dtype not in dtypes:
+        valid = ", ".join(str(d)[6:] for d in dtypes)
+        raise ValueError(f"{name}.{suffix} has dtype {str(entry.dtype)[6:]}; valid: {valid}")
+
+
+def _listed(found: Mapping[str, Entry]) -> str:
+    shown = sorted(found)[:8]
+    return ", ".join(shown) + (", ..." if len(found) > 8 else "") if shown else "no tensor of this layer"
+
+
+def expect_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a value is NaN or infinite."""
+    wrong = int((~torch.isfinite(tensor)).sum())
+    if wrong:
+        raise ValueError(f"{name} has {wrong} NaN or infinite values of {tensor.numel()}")
+
+
+def read_int(config: Mapping[str, Any], key: str, default: int, valid: Sequence[int] | str, where: str = "") -> int:
+    """Return an integer of a configuration, checked.
+
+    Args:
+        config: the dict.
+        key: in it.
+        default: where it is absent or None.
+        valid: the values, or "group" for -1 and positive numbers.
+        where: said in the error, such as a layer's name.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    good = isinstance(value, int) and not isinstance(value, bool)
+    if good and valid == "group":
+        good = value == -1 or value >= 1
+    elif good:
+        good = value in valid
+    if not good:
+        text = "-1 (one group per row) or a positive number" if valid == "group" else ", ".join(map(str, valid))
+        raise ValueError(f"quantization_config.{key}{where} is {value!r}; valid: {text}")
+    return int(value)
+
+
+def read_bool(config: Mapping[str, Any], key: str, default: bool, where: str = "") -> bool:
+    """Return a truth value of a configuration, checked."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ValueError(f"quantization_config.{key}{where} is {value!r}; valid: true, false")
+    return value
+
+
+def read_text(config: Mapping[str, Any], key: str, default: str) -> str:
+    """Return a text of a configuration in lower case, checked."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, str):
+        raise ValueError(f"quantization_config.{key} is {value!r}; expected a text")
+    return value.lower()
+
+
+def read_names(config: Mapping[str, Any], key: str) -> list[str]:
+    """Return a list of texts of a configuration (nested lists are joined, a text alone is a list of one), checked."""
+    names: list[str] = []
+    rest = [config.get(key)]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            names.append(value)
+        elif isinstance(value, list | tuple):
+            rest.extend(reversed(value))
+        elif value is not None:
+            raise ValueError(f"quantization_config.{key} has {value!r}; expected names of modules")
+    return names
+
+
+def read_table(config: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]]:
+    """Return a dict of dicts of a configuration (false or None inside: empty), checked."""
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"quantization_config.{key} is {value!r}; expected an object of patterns")
+    table: dict[str, Mapping[str, Any]] = {}
+    for pattern, entry in value.items():
+        if not isinstance(pattern, str) or not (isinstance(entry, Mapping) or entry is None or entry is False):
+            raise ValueError(f"quantization_config.{key} has {pattern!r}: {entry!r}; expected a pattern and an object")
+        table[pattern] = entry or {}
+    return table
+
+
+def compile_pattern(text: str, key: str) -> re.Pattern[str]:
+    """Return a regular expression of a configuration, which a stranger wrote.
+
+    Raises:
+        ValueError: it is none, or repeats a group that repeats something (time grows exponentially with the name).
+    """
+    if len(text) > 4096 or re.search(r"\([^)]*[*+}][^)]*\)+[*+{]", text):
+        raise ValueError(f"quantization_config.{key} has a pattern of nested repetitions: {text[:80]!r}")
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"quantization_config.{key} has {text[:80]!r}, no regular expression: {error}") from None

@@ -1,0 +1,171 @@
+"""Quantized linears as a foreign checkpoint stores them: checked by their headers, read one by one when the rest is loaded."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.formats import check_canonical
+from ..linear import CanonicalLinear, check_perm
+from ..memory import return_free_memory
+from ..plan import is_linear
+from .contents import ModelNames, check_contents
+from .files import TensorFiles
+from .reader import Reader, Weight
+
+
+class StoredLinear(nn.Module):
+    """Stands for a quantized linear while transformers loads the other tensors; holds none itself.
+
+    Args:
+        linear: that it replaces.
+        prefix: of its tensors' names in the files.
+        suffixes: what these names end with.
+    """
+
+    def __init__(self, linear: nn.Linear, prefix: str, suffixes: list[str]) -> None:
+        """Note the sizes."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype, self.biased = linear.weight.dtype, linear.bias is not None
+        self.prefix, self.suffixes = prefix, suffixes
+        self._is_hf_initialized = True
+
+    @property
+    def weight(self) -> Tensor:
+        """A meta tensor [N, K]: transformers may initialize a linear's weight while it loads, which then does nothing."""
+        return torch.empty((self.out_features, self.in_features), device="meta")
+
+
+def canonical_linear(
+    name: str, weight: Weight, in_features: int, out_features: int, dtype: torch.dtype, bias: Tensor | None, own: bool
+) -> CanonicalLinear:
+    """Return a linear that holds a reader's result.
+
+    Args:
+        name: for messages.
+        weight: of a reader.
+        in_features: K.
+        out_features: N.
+        dtype: of the bias.
+        bias: [N], used where the weight has none.
+        own: whether the model's class gives the linear a bias; a bias of zeros is dropped where it does not.
+
+    Raises:
+        ValueError: the tensors do not fit each other or the sizes, or the bias is missing.
+    """
+    bias = weight.bias if weight.bias is not None else bias
+    if own and bias is None:
+        raise ValueError(f"the checkpoint has no {name}.bias")
+    if bias is not None and (tuple(bias.shape) != (out_features,) or not bias.is_floating_point()):
+        raise ValueError(f"{name}.bias is {bias.dtype} {list(bias.shape)}; expected floating [{out_features}]")
+    if bias is not None and not own and not bool(bias.any()):
+        bias = None
+    part, layout = weight.canonical, weight.layout
+    try:
+        check_canonical(*part, layout, in_features)
+        check_perm(weight.perm, in_features)
+        if part.qweight.shape[0] != out_features:
+            raise RuntimeError(f"codes has {part.qweight.shape[0]} rows; expected {out_features}")
+    except RuntimeError as error:
+        raise ValueError(f"{name}: {error}") from None
+    result = CanonicalLinear(in_features, out_features, False, layout, dtype, "meta")
+    for key, tensor in (*part._asdict().items(), ("perm", weight.perm)):
+        result._buffers[key] = None if tensor is None else _alone(tensor)
+    if bias is not None:
+        result.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+        result.added_bias = not own
+    return result.eval()
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a tensor that keeps no larger memory alive."""
+    tensor = tensor.detach().contiguous()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
+    """Replace the quantized linears of a model on the meta device, after every tensor was checked against the model's sizes.
+
+    Raises:
+        ValueError: a tensor is missing, or has another shape or dtype; or a quantized weight is no linear of the model.
+    """
+    names = ModelNames(model)
+    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    outside, found_for = [], dict[str, str]()
+    for prefix, found in files.groups().items():
+        if not prefix or not reader.quantizes(prefix, found):
+            continue
+        name = names.of(f"{prefix}.weight")[0].rpartition(".")[0]
+        if name not in linears:
+            outside.append(prefix)
+            continue
+        if name in found_for:
+            raise ValueError(f"{found_for[name]} and {prefix} are both the weight of {name}")
+        found_for[name] = prefix
+        linear = linears[name]
+        reader.check(prefix, linear.in_features, linear.out_features, found)
+        if linear.bias is not None and "bias" not in found:
+            raise ValueError(f"the checkpoint has no {prefix}.bias")
+        model.set_submodule(name, StoredLinear(linear, prefix, list(found)))
+    check_outside(outside, model)
+    if not found_for:
+        raise ValueError("quantization_config says that the checkpoint is quantized, but no linear in its files is")
+    untie(model)
+    check_contents(model, files, names)
+
+
+def check_outside(outside: list[str], model: Any) -> None:
+    """Raise ValueError if there are quantized weights that no linear of the model takes."""
+    if not outside:
+        return
+    more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+    experts = [name for name in outside if re.search(r"(^|\.)experts?(\.|$)", name)]
+    if experts:
+        raise ValueError(
+            f"{experts[0]}{more}: quantized experts cannot be loaded yet, since transformers keeps all experts of a layer "
+            "in one tensor; load the floating-point model and quantize it (its experts stay floating point)"
+        )
+    raise ValueError(f"{outside[0]}{more} are quantized in the checkpoint and no linear of {type(model).__name__}")
+
+
+def untie(model: Any) -> None:
+    """A head that is stored quantized is not the embedding's table, whatever the configuration says."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, StoredLinear | CanonicalLinear):
+        return
+    name = next(n for n, m in model.named_modules() if m is head)
+    for part in (model.config, model.config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = False
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    model.all_tied_weights_keys = {t: s for t, s in tied.items() if f"{name}.weight" not in (t, s)}
+
+
+def ignore_stored(model: Any) -> None:
+    """Keep transformers from reporting the tensors of `StoredLinear`s as unexpected."""
+    stored = [m for m in model.modules() if isinstance(m, StoredLinear)]
+    kinds = {re.sub(r"\d+", r"\\d+", re.escape(f"{m.prefix}.{suffix}")) for m in stored for suffix in m.suffixes}
+    known = model._keys_to_ignore_on_load_unexpected or set()
+    model._keys_to_ignore_on_load_unexpected = set(known) | {f"^(.*\\.)?{kind}$" for kind in kinds}
+
+
+def read_all(model: Any, reader: Reader, files: TensorFiles) -> None:
+    """Turn every `StoredLinear` into a `CanonicalLinear`, one after the other: a foreign tensor lives as long as its linear is read.
+
+    Raises:
+        ValueError: of the reader.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, StoredLinear):
+            continue
+        k, n = module.in_features, module.out_features
+        tensors = {suffix: files.read(f"{module.prefix}.{suffix}") for suffix in module.suffixes}
+        bias = tensors.get("bias")
+        weight = reader.read(module.prefix, k, n, tensors)
+        del tensors
+        model.set_submodule(name, canonical_linear(module.prefix, weight, k, n, module.dtype, bias, module.biased))
+        del weight
+        return_free_memory()
