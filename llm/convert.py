@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import attention, trial
+from .algorithms import Calibrated
 from .cache_setup import CacheSetup
 from .dense import DenseLinear
 from .deployment import Deployment
@@ -33,12 +34,21 @@ class Converter:
         keep: whether replaced weights belong to another model too, so that everything can be taken back.
         deploy: run the model as captured graphs where it fits; see llm/deployment.py.
         strict: what `Deployment` shall do when it cannot.
+        calibrated: results of an algorithm, to be taken instead of the model's own weights.
     """
 
     def __init__(
-        self, model: Any, plan: Plan, dtype: torch.dtype | None, keep: bool, deploy: bool = False, strict: bool = False
+        self,
+        model: Any,
+        plan: Plan,
+        dtype: torch.dtype | None,
+        keep: bool,
+        deploy: bool = False,
+        strict: bool = False,
+        calibrated: Calibrated | None = None,
     ) -> None:
         """Remember what to change."""
+        self.calibrated = calibrated or Calibrated()
         self.model, self.plan, self.dtype, self.keep = model, plan, dtype, keep
         self.pages = FilePages(model)
         self.deploy, self.strict = deploy, strict
@@ -53,6 +63,7 @@ class Converter:
                 while quantizing or converting): then it is marked unusable, and the message says so.
         """
         try:
+            self._parameters()
             for step in self.plan.steps:
                 if not step.schemes:
                     getattr(self, f"_{step.kind}")(step)
@@ -70,6 +81,20 @@ class Converter:
             raise
         if self.plan.quantization is not None:
             return_free_memory()
+
+    def _parameters(self) -> None:
+        """Set parameters that an algorithm folded scales into."""
+        for name, value in self.calibrated.parameters.items():
+            owner, _, key = name.rpartition(".")
+            held = self.model.get_submodule(owner)._parameters
+            old = held[key]
+            assert old is not None
+            held[key] = nn.Parameter(value, old.requires_grad)
+            self.undo.append(lambda held=held, key=key, old=old: held.__setitem__(key, old))  # type: ignore[misc]
+
+    def _source(self, name: str) -> Any:
+        """Return a linear as the algorithm left it, or the model's own."""
+        return self.calibrated.linears.pop(name, None) or self.model.get_submodule(name)
 
     def _quantize(self, steps: list[Step]) -> None:
         """Take one weight after the other: the next is read from its file while this one is packed and let go."""
@@ -124,7 +149,7 @@ class Converter:
 
     def _gated(self, step: Step) -> None:
         owner, *names = step.names
-        linears = {name.rpartition(".")[2]: self.model.get_submodule(name) for name in names}
+        linears = {name.rpartition(".")[2]: self._source(name) for name in names}
         if not step.schemes:
             self._set(owner, GatedMLP(linears, step.activation))
             return
@@ -134,18 +159,18 @@ class Converter:
 
     def _fold(self, step: Step) -> None:
         _, linear, activation = step.names
-        source = self.model.get_submodule(linear)
+        source = self._source(linear)
         self._set(linear, QuantLinear.from_linear(source, step.schemes[0], step.activation))
         self._set(activation, nn.Identity())
 
     def _group(self, step: Step) -> None:
-        group = LinearGroup.from_linears([self.model.get_submodule(n) for n in step.names], step.schemes[0])
+        group = LinearGroup.from_linears([self._source(n) for n in step.names], step.schemes[0])
         for index, name in enumerate(step.names):
             self._set(name, SiblingLinear(group, index))
 
     def _linear(self, step: Step) -> None:
         name = step.names[0]
-        self._set(name, QuantLinear.from_linear(self.model.get_submodule(name), step.schemes[0]))
+        self._set(name, QuantLinear.from_linear(self._source(name), step.schemes[0]))
 
     def _dense(self, step: Step) -> None:
         module = self.model.get_submodule(step.names[0])

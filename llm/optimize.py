@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from .algorithms import calibrate
 from .cache import choose_kv_dtype, stored_dtype
 from .convert import Converter
 from .deployment import undeployable
@@ -55,7 +56,8 @@ def optimize(
         dtype: float32, bfloat16 or float16 for everything that stays floating point; None: as it is.
         inplace: False returns a copy that shares the floating-point weights that stay; the given model stays usable and unchanged.
             True changes the given model and frees every float weight as soon as it is quantized: the peak is the model plus one
-            weight. Should memory run out in the middle of that, the model is marked unusable and an error says so.
+            weight (plus the quantized weights and one layer if the method calibrates, which changes nothing before it is done).
+            Should memory run out in the middle of that, the model is marked unusable and an error says so.
         device: "cpu" or "xpu".
         quantization_config: a `WeightOnlyQuantConfig`, a `StaticQuantConfig`, or None for floating point. Weights that stay
             floating point move to pages of 2 MB where the system has them (0.3 to 2 s per GB, unless `dtype` copies them anyway).
@@ -137,6 +139,9 @@ def _optimized(
         plan.report.add("", "forward", reason=reason, expected=False)
     if strict:
         plan.report.raise_if_unoptimized()
+    calibrated = None
+    if isinstance(quantization_config, WeightOnlyQuantConfig):
+        calibrated = calibrate(model, plan, quantization_config)
     if taken is not None:
         plan.report.add("", "checkpoint", taken.note)
         taken.forget()  # nothing is refused from here on
@@ -144,7 +149,10 @@ def _optimized(
     plan.report.bytes_before = weight_bytes(model)
     result = model if inplace else share_copy(model)
     options = result, plan, dtype, not inplace, deployment_mode and reason is None, strict
-    (StaticConverter(planner.inputs, *options) if isinstance(planner, StaticPlanner) else Converter(*options)).run()
+    if isinstance(planner, StaticPlanner):
+        StaticConverter(planner.inputs, *options).run()
+    else:
+        Converter(*options, calibrated).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
     choose_kv_dtype(result, kv_dtype)
@@ -165,7 +173,7 @@ def _mark_quantized(model: Any, config: WeightOnlyQuantConfig | StaticQuantConfi
         floating = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         saved: Any = replace(config, floating_modules=floating)
     else:
-        saved = saved_config(model, config, biased)
+        saved = replace(saved_config(model, config, biased), calibration=None, tokenizer=None)
     model.config.quantization_config = saved
     model.hf_quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)  # the class is in llm/checkpoints
     model.is_quantized, model.quantization_method = True, config.quant_method

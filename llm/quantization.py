@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -13,6 +14,7 @@ from .. import _C
 from ..ops.formats import COMPUTES, FORMATS, SCALE_DTYPES, Layout, combinations
 
 QUANT_METHOD = "llmrt"
+METHODS = ("rtn", "gptq", "awq", "autoround")
 #: Spellings of the predecessors: weight dtype -> (format, every code used).
 _SPELLINGS = {
     "int4_clip": ("int4", False),
@@ -39,7 +41,18 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
         scale_dtype: "bf16", "fp32" or "fp16"; of fp8 weights also "e8m0" (or "fp8"), powers of two in a byte.
         scheme: "sym" or "asym" (a zero point per group; int4 and int8 only).
         group_size: input features that share a scale: 32, 64, 128, any number from 8 on, or -1 for whole rows.
-        method: "rtn", rounding to nearest.
+        method: "rtn", rounding to nearest; "gptq", "awq" or "autoround" (its package is needed), which look at the model's inputs on
+            calibration text and take longer.
+        calibration: that text: a file's path, a list of texts, a list of token-id tensors [S], or None: source code of Python's
+            standard library. Not saved.
+        tokenizer: of that text, or its directory; None: the one in the model's directory. Not saved.
+        samples: how many pieces of text.
+        sequence_length: tokens of each.
+        seed: of their choice.
+        act_order: GPTQ rounds input features with large activations first.
+        static_groups: GPTQ with act_order keeps groups of neighbouring input features. False: features that were rounded together
+            share a scale, and inputs are permuted before the product.
+        damping: GPTQ adds this share of the mean to the diagonal of the inputs' second moments; raised when it is too small.
         modules_to_not_convert: names, parts of names ("q_proj", "layers.0") or patterns ("*.mlp.*") of linears that stay as they
             are.
         lm_head: the output head. True or "int8" (default): INT8, one scale per row, symmetric. The head's logits decide
@@ -70,6 +83,14 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
     scheme: str = "sym"
     group_size: int = 128
     method: str = "rtn"
+    calibration: Any = field(default=None, repr=False)
+    tokenizer: Any = field(default=None, repr=False)
+    samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+    act_order: bool = True
+    static_groups: bool = True
+    damping: float = 0.01
     modules_to_not_convert: list[str] | None = None
     lm_head: bool | str = True
     fullrange: bool = False
@@ -109,7 +130,7 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
         _one_of("compute_dtype", self.compute_dtype, ("auto", *COMPUTES))
         _one_of("scale_dtype", self.scale_dtype, ("bf16", "fp32", "fp16", "e8m0", "fp8", *SCALE_DTYPES))
         _one_of("scheme", self.scheme, ("sym", "asym"))
-        _one_of("method", self.method, ("rtn",))
+        self._check_method()
         _one_of("lm_head", self.lm_head, (True, False, "int8", "int4"))
         if self.use_gptq:
             raise ValueError(
@@ -133,6 +154,17 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
             self.layout()
         except RuntimeError as error:
             raise ValueError(str(error)) from None
+
+    def _check_method(self) -> None:
+        _one_of("method", self.method, METHODS)
+        for name in ("act_order", "static_groups"):
+            _one_of(name, getattr(self, name), (True, False))
+        for name, least in (("samples", 1), ("sequence_length", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} is {value!r}; valid: an integer, at least {least}")
+        if type(self.damping) not in (int, float) or not 0 <= self.damping <= 1:
+            raise ValueError(f"damping is {self.damping!r}; valid: 0 to 1 (0.01 is usual)")
 
     def _check_names(self) -> None:
         for field_name in ("modules_to_not_convert", "floating_modules", "permuted_modules", "biased_modules"):
@@ -205,8 +237,8 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a config.json holds; `WeightOnlyQuantConfig(**d)` gives the same configuration back."""
-        gone = ("alg", "load_in_4bit", "load_in_8bit", "use_ggml", "use_gptq")
-        return {key: value for key, value in asdict(self).items() if key not in gone}
+        gone = ("alg", "load_in_4bit", "load_in_8bit", "use_ggml", "use_gptq", "calibration", "tokenizer")
+        return {f.name: copy.copy(getattr(self, f.name)) for f in fields(self) if f.name not in gone}
 
 
 def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:

@@ -178,7 +178,8 @@ def _wanted(
     if load_in_4bit or load_in_8bit:
         fields["load_in_4bit" if load_in_4bit else "load_in_8bit"] = True
     if isinstance(config, WeightOnlyQuantConfig):
-        config = config.to_dict()
+        unsaved = {"calibration": config.calibration, "tokenizer": config.tokenizer}
+        config = {**config.to_dict(), **unsaved}
     if config is not None and not isinstance(config, Mapping):
         raise ValueError(
             f"quantization_config is a {type(config).__name__}; valid: llm.WeightOnlyQuantConfig, a dict of its fields, or None"

@@ -23,10 +23,10 @@ from ..optimize import optimize
 from ..plan import is_linear
 from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
 from ..quantized import restore_floats
+from ..static.config import STATIC_METHOD
 from .contents import ModelNames, check_contents
 from .files import TensorFiles
 from .stored import untie
-from ..static.config import STATIC_METHOD
 
 register_quantization_config(QUANT_METHOD)(WeightOnlyQuantConfig)
 

@@ -33,7 +33,7 @@ class StaticQuantizer(Quantizer):
             )
         super().validate_environment(*args, device_map=device_map, **kwargs)
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         config, head = self.quantization_config, model.get_output_embeddings()
         linears = {name: m for name, m in model.named_modules() if is_linear(m)}
         unknown = sorted(set(config.floating_modules or ()) - set(linears))

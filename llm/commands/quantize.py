@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +43,9 @@ class Method(str, Enum):
     """Values of --method."""
 
     RTN = "rtn"
+    GPTQ = "gptq"
+    AWQ = "awq"
+    AUTOROUND = "autoround"
 
 
 def quantize(
@@ -54,7 +58,23 @@ def quantize(
     scheme: o.SchemeOption = o.Scheme.SYM,
     scale_dtype: Annotated[ScaleDType, typer.Option("--scale-dtype", help="Of the scales.")] = ScaleDType.BF16,
     compute_dtype: o.ComputeDTypeOption = o.ComputeDType.AUTO,
-    method: Annotated[Method, typer.Option("--method", help="rtn: round to nearest.")] = Method.RTN,
+    method: Annotated[
+        Method,
+        typer.Option("--method", help="rtn: round to nearest; the others look at the model's inputs and take longer."),
+    ] = Method.RTN,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration", metavar="FILE", help="UTF-8 text to calibrate on; default: Python's standard library."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Pieces of calibration text.")] = 128,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens of each piece.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of pieces.")] = 0,
+    act_order: Annotated[
+        bool, typer.Option("--act-order/--no-act-order", help="gptq: features with large activations first.")
+    ] = True,
+    damping: Annotated[float, typer.Option("--damping", min=0.0, max=1.0, help="gptq: of the second moments.")] = 0.01,
     lm_head: Annotated[
         Head, typer.Option("--lm-head", help="Format of the output head; none: not quantized.")
     ] = Head.INT8,
@@ -70,6 +90,8 @@ def quantize(
     """Quantize MODEL and write it to OUT, with its tokenizer; every command takes OUT as a model.
 
     Example: llmrt quantize ./Llama-3.2-1B ./Llama-3.2-1B-int4 --group-size 32
+
+    Example: llmrt quantize ./Llama-3.2-1B ./Llama-3.2-1B-gptq --method gptq --calibration wiki.txt
     """
     check_out(model, out, force)
     config = _config(
@@ -79,6 +101,12 @@ def quantize(
         scale_dtype=scale_dtype.value,
         compute_dtype=compute_dtype.value,
         method=method.value,
+        calibration=None if calibration is None else str(calibration),
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        act_order=act_order,
+        damping=damping,
         lm_head=False if lm_head is Head.NONE else lm_head.value,
         modules_to_not_convert=skip,
     )
@@ -87,7 +115,8 @@ def quantize(
     from rich.console import Console
 
     console = Console(stderr=True)
-    with console.status(f"quantizing {model} to {config.layout()}"):
+    show = console.status(f"quantizing {model} to {config.layout()}")
+    with show if method is Method.RTN else nullcontext():  # the others show a bar of their own
         loaded = load(model, dtype.torch(), config)
     with console.status(f"writing {out}"):
         write(loaded, out, max_shard_size)
@@ -116,13 +145,18 @@ def _config(**values: Any) -> Any:
 
 
 def write(loaded: Loaded, out: Path, max_shard_size: str = "5GB") -> None:
-    """Write beside OUT first and move then, so that no half-written model stays behind."""
+    """Write beside OUT first and rename then, so that no half-written model stays behind."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
-        loaded.tokenizer.save_pretrained(temporary)
-        out.mkdir(exist_ok=True)
-        for old in (*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")):
-            old.unlink()
-        for file in Path(temporary).iterdir():
-            shutil.move(file, out / file.name)
+        written = Path(temporary) / "model"
+        loaded.model.save_pretrained(written, max_shard_size=max_shard_size)
+        loaded.tokenizer.save_pretrained(written)
+        if out.is_dir() and any(out.iterdir()):
+            for old in (*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")):
+                old.unlink()
+            for file in written.iterdir():
+                shutil.move(file, out / file.name)
+            return
+        if out.is_dir():
+            out.rmdir()
+        written.rename(out)

@@ -87,7 +87,7 @@ def test_a_combination_that_does_not_exist_lists_those_that_do(options: dict[str
         ({"group_size": 0}, "group_size is 0; valid: -1"),
         ({"group_size": 7}, "group_size is 7; valid: -1"),
         ({"group_size": "32"}, "group_size is '32'; valid: -1"),
-        ({"method": "gptq"}, "method is 'gptq'; valid: 'rtn'"),
+        ({"method": "hqq"}, "method is 'hqq'; valid: 'rtn', 'gptq', 'awq', 'autoround'"),
         ({"lm_head": "nf4"}, "lm_head is 'nf4'; valid: True, False, 'int8', 'int4'"),
         ({"lm_head": 1}, "lm_head is 1; valid"),
         ({"use_gptq": True}, "GPTQ checkpoints cannot be read yet"),
