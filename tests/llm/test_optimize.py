@@ -39,7 +39,7 @@ def fingerprint(model: Any) -> tuple[Any, ...]:
         ({"device": "cuda"}, "device is 'cuda'; valid: 'cpu', 'xpu'"),
         ({"device": "xpu"}, "device is 'xpu', but"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is a dict; valid: llm.WeightOnlyQuantConfig"),
-        ({"qconfig_summary_file": "q.json"}, "static INT8, which is not here yet"),
+        ({"qconfig_summary_file": "q.json"}, "for static INT8; pass it with a StaticQuantConfig"),
         ({"low_precision_checkpoint": 3}, "low_precision_checkpoint is a int; valid: a state dict"),
         (
             {"quantization_config": llm.WeightOnlyQuantConfig(modules_to_not_convert=["typo"])},
