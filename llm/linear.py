@@ -138,6 +138,19 @@ def same_perm(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
+def common_perm(linears: Sequence[nn.Module]) -> Tensor | None:
+    """Return the perm of linears that share one input.
+
+    Raises:
+        RuntimeError: they have different ones.
+    """
+    perms = [perm_of(linear) for linear in linears]
+    check(
+        all(same_perm(perms[0], p) for p in perms), "linears that take their input in different orders cannot be joined"
+    )
+    return perms[0]
+
+
 def unpermuted(weight: Tensor, perm: Tensor | None) -> Tensor:
     """Return a weight [N, K] with its columns in the order of the input features."""
     return weight if perm is None else weight.index_select(1, perm.argsort())
@@ -367,7 +380,8 @@ class LinearGroup(QuantLinear):
             )
         sizes = [linear.out_features for linear in linears]
         first = linears[0]
-        return cls(packed, bias, scheme.layout, first.in_features, sizes, biased, scheme.compute, perm_of(first))
+        perm = common_perm(linears)
+        return cls(packed, bias, scheme.layout, first.in_features, sizes, biased, scheme.compute, perm)
 
     def take(self, index: int, x: Tensor) -> Tensor:
         """Return output `index` for x: computed with all others when x is new, handed out when a sibling computed it.

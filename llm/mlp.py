@@ -15,11 +15,11 @@ from .linear import (
     Scheme,
     Source,
     canonical_of,
+    common_perm,
     concatenate,
     interleave,
     narrow,
     pack,
-    perm_of,
     read_state,
     split_interleaved,
     unpack,
@@ -144,7 +144,8 @@ class QuantGatedMLP(nn.Module):
             )
         packed = pack(interleave(gate, up), scheme.layout, first.in_features)
         sizes = (first.in_features, width)
-        return cls(packed, bias, scheme.layout, *sizes, scheme.compute, activation, names, down, perm_of(first))
+        perm = common_perm([linears[name] for name in names[:-1]])
+        return cls(packed, bias, scheme.layout, *sizes, scheme.compute, activation, names, down, perm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., K] for x [..., K]."""

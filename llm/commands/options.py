@@ -49,6 +49,10 @@ class WeightDType(str, Enum):
 
     INT4 = "int4"
     INT8 = "int8"
+    NF4 = "nf4"
+    FP4 = "fp4_e2m1"
+    FP8 = "fp8_e4m3"
+    FP8_E5M2 = "fp8_e5m2"
     NONE = "none"
 
 
@@ -94,7 +98,8 @@ GroupSizeOption = Annotated[
 ]
 SchemeOption = Annotated[Scheme, typer.Option("--scheme", help="asym: a zero point for every group.")]
 ComputeDTypeOption = Annotated[
-    ComputeDType, typer.Option("--compute-dtype", help="Arithmetic of quantized products; auto: int8.")
+    ComputeDType,
+    typer.Option("--compute-dtype", help="Arithmetic of quantized products; auto: int8, of fp8 weights bf16 or fp32."),
 ]
 KVDTypeOption = Annotated[
     KVDType, typer.Option("--kv-dtype", help="Of cached keys and values; int8 halves their bytes. auto: as --dtype.")

@@ -21,6 +21,10 @@ class StoredDType(str, Enum):
     INT4 = "int4"
     INT4_FULLRANGE = "int4_fullrange"
     INT8 = "int8"
+    NF4 = "nf4"
+    FP4 = "fp4_e2m1"
+    FP8 = "fp8_e4m3"
+    FP8_E5M2 = "fp8_e5m2"
 
 
 class ScaleDType(str, Enum):
@@ -29,6 +33,7 @@ class ScaleDType(str, Enum):
     BF16 = "bf16"
     FP32 = "fp32"
     FP16 = "fp16"
+    E8M0 = "e8m0"
 
 
 class Head(str, Enum):
@@ -56,7 +61,9 @@ def quantize(
     ] = StoredDType.INT4,
     group_size: o.GroupSizeOption = 128,
     scheme: o.SchemeOption = o.Scheme.SYM,
-    scale_dtype: Annotated[ScaleDType, typer.Option("--scale-dtype", help="Of the scales.")] = ScaleDType.BF16,
+    scale_dtype: Annotated[
+        ScaleDType, typer.Option("--scale-dtype", help="Of the scales; e8m0, powers of two, with fp8.")
+    ] = ScaleDType.BF16,
     compute_dtype: o.ComputeDTypeOption = o.ComputeDType.AUTO,
     method: Annotated[
         Method,

@@ -10,7 +10,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 from llmrt.llm.cli import app
+from llmrt.llm.commands.options import WeightDType
+from llmrt.llm.commands.quantize import StoredDType
 from llmrt.llm.demo import demo_model_path
+from llmrt.ops.formats import FORMATS
 
 DEMO = str(demo_model_path())
 
@@ -219,3 +222,18 @@ def test_kv_dtype(kv_dtype: str) -> None:
     text = good("perplexity", "--demo-held-out", "--windows", "1", "--window", "64", "--kv-dtype", kv_dtype).stdout
     assert f"weights as stored, {kv_dtype} cache" in text
     assert "valid" in run("generate", "x", "--dtype", "float32", "--kv-dtype", "bfloat16").stderr
+
+
+def test_every_format_has_an_option() -> None:
+    assert {w.value for w in WeightDType} == {*FORMATS, "none"}
+    assert {w.value for w in StoredDType} == {*FORMATS, "int4_fullrange"}
+
+
+@pytest.mark.parametrize("weights", ["nf4", "fp4_e2m1", "fp8_e4m3", "fp8_e5m2"])
+def test_quantized_as(weights: str, tmp_path: Path) -> None:
+    scales = ["--scale-dtype", "e8m0"] if weights == "fp8_e4m3" else []
+    made = good("quantize", "demo", str(tmp_path / "q"), "--weight-dtype", weights, "--group-size", "64", *scales)
+    assert f"{weights}_sym_g64_{'e8m0' if scales else 'bf16'}" in made.stdout
+    assert good("generate", str(tmp_path / "q"), "def parse_args(", "--max-new-tokens", "5").stdout.startswith(
+        "def parse"
+    )
