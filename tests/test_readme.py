@@ -44,11 +44,14 @@ INSTALLED = "llmrt" in entry_points(group="torch_dynamo_backends").names
 NEEDS_ENTRY_POINT = pytest.mark.skipif(not INSTALLED, reason="llmrt is not installed, only importable")
 
 
-@pytest.mark.parametrize("example", ["python", pytest.param("compile", marks=NEEDS_ENTRY_POINT)])
-def test_the_python_examples_run(example: str) -> None:
+@pytest.mark.parametrize(
+    "example", ["python", "checkpoint", "static", pytest.param("compile", marks=NEEDS_ENTRY_POINT)]
+)
+def test_the_python_examples_run(example: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     code = block(f"example: {example}")
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "def main(" in result.stdout, result.stderr
 
 
