@@ -21,7 +21,7 @@ from typing import Any
 from fleet import Worker
 
 HERE = Path(__file__).resolve().parent
-WAYS = ("load and optimize", "quantize on load", "reload quantized")
+WAYS = ("load and optimize", "quantize on load", "reload quantized", "load GPTQ")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

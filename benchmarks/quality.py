@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from llmrt import llm  # noqa: E402
+from llmrt.llm.algorithms.calibration import calibration_samples  # noqa: E402
 from llmrt.llm.demo import held_out_files  # noqa: E402
 from llmrt.llm.perplexity import perplexity, token_windows  # noqa: E402
 from llmrt.ops.formats import FORMATS  # noqa: E402
@@ -39,11 +41,13 @@ class Row:
         name: of the line.
         options: of the `WeightOnlyQuantConfig`; None: no quantization.
         dtype: of everything that is not quantized.
+        alpha: of static INT8; None: weight-only.
     """
 
     name: str
     options: dict[str, Any] | None
     dtype: torch.dtype = torch.float32
+    alpha: float | str | None = None
 
 
 def _weights(name: str, **options: Any) -> Row:
@@ -62,6 +66,7 @@ def rows() -> list[Row]:
         _weights("INT8 rows sym", weight_dtype="int8", group_size=-1),
         _in_use("INT8 rows sym", weight_dtype="int8", group_size=-1),
     ]
+    lines += [Row(f"INT8 static, alpha {a}", None, torch.bfloat16, a) for a in (0.5, "auto")]
     for method in ("rtn", "gptq", "awq"):
         for group in (32, 128):
             for scheme in ("sym", "asym"):
@@ -111,9 +116,23 @@ class Table:
         return "\n".join(lines)
 
 
+def static(model: Any, alpha: float | str, samples: int) -> Any:
+    """Return the static INT8 model, head floating point as everywhere here, calibrated as the other methods are."""
+    text = calibration_samples(model, llm.WeightOnlyQuantConfig(samples=samples))
+    config = llm.StaticQuantConfig(alpha=alpha, lm_head=False)
+    prepared = llm.optimize(model, quantization_config=config)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for tokens in text.tokens:
+            prepared(tokens.view(1, -1))
+        llm.save_qconf_summary(prepared, Path(folder) / "summary.json")
+        return llm.optimize(model, quantization_config=config, qconfig_summary_file=Path(folder) / "summary.json")
+
+
 def measure(row: Row, windows: torch.Tensor, samples: int) -> float:
     """Return the perplexity of one row."""
     model = AutoModelForCausalLM.from_pretrained(llm.demo_model_path(), dtype=row.dtype).eval()
+    if row.alpha is not None:
+        return perplexity(static(model, row.alpha, samples), windows).value
     config = None
     if row.options is not None:
         config = llm.WeightOnlyQuantConfig(lm_head=False, samples=samples, **row.options)

@@ -129,6 +129,8 @@ def _optimized(
         planner = Planner(model, quantization_config)
     stored = stored_dtype(kv_dtype, dtype or model.dtype)
     plan = planner.plan()
+    static = (planner.inputs, planner.saved_config()) if isinstance(planner, StaticPlanner) else None
+    del planner  # it holds the modules whose weights shall be freed one by one
     check_weights(model, plan)
     if stored is not None and not plan.cache:
         raise ValueError(
@@ -149,16 +151,15 @@ def _optimized(
     plan.report.bytes_before = weight_bytes(model)
     result = model if inplace else share_copy(model)
     options = result, plan, dtype, not inplace, deployment_mode and reason is None, strict
-    if isinstance(planner, StaticPlanner):
-        StaticConverter(planner.inputs, *options).run()
+    if static is not None:
+        StaticConverter(static[0], *options).run()
     else:
         Converter(*options, calibrated).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
     choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
-        config = planner.saved_config() if isinstance(planner, StaticPlanner) else quantization_config
-        _mark_quantized(result, config, biased)
+        _mark_quantized(result, quantization_config if static is None else static[1], biased)
     return result
 
 

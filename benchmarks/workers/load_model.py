@@ -38,9 +38,31 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
     fill_linears(model)
     config = llm.WeightOnlyQuantConfig(**args.config)
     seconds = {"save float": _timed(lambda: model.save_pretrained(args.directory / "float"))}
+    write_gptq(model, args.directory / "gptq", config.group_size)
     seconds["optimize"] = _timed(lambda: llm.optimize(model, inplace=True, quantization_config=config))
     seconds["save quantized"] = _timed(lambda: model.save_pretrained(args.directory / "quantized"))
     return {"seconds": seconds, "weight_bytes": model.optimization_report.bytes_after}
+
+
+def write_gptq(model: Any, directory: Path, group: int) -> None:
+    """Write the model as a GPTQ checkpoint of 4 bits, symmetric, with random codes; embedding, norms and head as they are."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if "lm_head" not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            del tensors[f"{name}.weight"]
+            n, k = module.weight.shape
+            tensors[f"{name}.qweight"] = torch.randint(-(2**31), 2**31 - 1, (k // 8, n), dtype=torch.int32)
+            tensors[f"{name}.qzeros"] = torch.full((k // group, n // 8), 0x77777777, dtype=torch.int32)  # 8, less one
+            tensors[f"{name}.scales"] = torch.full((k // group, n), 0.01, dtype=torch.float16)
+            tensors[f"{name}.g_idx"] = torch.arange(k, dtype=torch.int32) // group
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    stored = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": True, "desc_act": False}
+    config = {**model.config.to_dict(), "quantization_config": stored}
+    (directory / "config.json").write_text(json.dumps(config, default=str))
 
 
 def _timed(call: Callable[[], Any]) -> float:
@@ -73,7 +95,19 @@ def reload(directory: Path, config: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory / "quantized")
 
 
-WAYS = {"load and optimize": optimize, "quantize on load": quantize_on_load, "reload quantized": reload}
+def load_gptq(directory: Path, config: Any) -> Any:
+    """Load the GPTQ checkpoint; its head stays floating point."""
+    from llmrt import llm
+
+    return llm.AutoModelForCausalLM.from_pretrained(directory / "gptq")
+
+
+WAYS = {
+    "load and optimize": optimize,
+    "quantize on load": quantize_on_load,
+    "reload quantized": reload,
+    "load GPTQ": load_gptq,
+}
 
 
 def resident_bytes() -> int:
