@@ -4,6 +4,7 @@ Example:
 
     python benchmarks/ops/bench_linear.py --rows 1,16,512 --sizes 2048x8192 --layouts int4_sym_g128_bf16 --computes int8
     python benchmarks/ops/bench_linear.py --rivals bf16,int4pack
+    python benchmarks/ops/bench_linear.py --rivals bf16 --layouts nf4_sym_g64_bf16,fp8_e4m3_sym_channel_f32
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def packed_weights(k: int, n: int, layout: str) -> list[torch.Tensor]:
     """Return a random packed weight several times, more than a cache holds."""
     form = Layout.parse(layout)
     codes = torch.randint(256, (n, -(-k * form.format.bits // 8)), dtype=torch.uint8)
+    if form.format.dtype is not None:
+        codes &= 0xBF  # floats: without the highest bit of the exponent none is NaN or infinite
     shape = (n, form.geometry(k).groups)
     zeros = torch.full(shape, form.format.zero, dtype=torch.uint8) if form.asymmetric else None
     scales = torch.full(shape, 0.01, dtype=form.scale_dtype)
@@ -102,6 +105,7 @@ def measure(args: argparse.Namespace, peaks: Any, dtype: torch.dtype) -> list[di
         for k, n in args.sizes
         for layout in args.layouts.split(",")
         for compute in args.computes.split(",")
+        if compute in Layout.parse(layout).format.computes
         for m in args.rows
     ]
 
