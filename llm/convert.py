@@ -13,6 +13,7 @@ from .algorithms import Calibrated
 from .cache_setup import CacheSetup
 from .dense import DenseLinear
 from .deployment import Deployment
+from .experts import QuantExperts
 from .greedy import Generate
 from .huge_pages import converted, move_to_huge_pages
 from .linear import LinearGroup, QuantLinear, SiblingLinear
@@ -129,7 +130,7 @@ class Converter:
 
     @staticmethod
     def _quantizes(module: nn.Module) -> bool:
-        return isinstance(module, QuantLinear | SiblingLinear | QuantGatedMLP)
+        return isinstance(module, QuantLinear | SiblingLinear | QuantGatedMLP | QuantExperts)
 
     def _norm(self, step: Step) -> None:
         name = step.names[0]
@@ -156,6 +157,10 @@ class Converter:
         down = QuantLinear.from_linear(linears[names[-1].rpartition(".")[2]], step.schemes[-1])
         new = QuantGatedMLP.from_linears(linears, step.activation, step.schemes[0], down)
         self._set(owner, new)
+
+    def _experts(self, step: Step) -> None:
+        name = step.names[0]
+        self._set(name, QuantExperts.from_experts(self.model.get_submodule(name), step.schemes, step.activation))
 
     def _fold(self, step: Step) -> None:
         _, linear, activation = step.names

@@ -103,6 +103,33 @@ def probe_gated(module: nn.Module, names: tuple[str, ...], activation: str) -> b
     return bool(_attempt(run))
 
 
+def probe_experts(module: nn.Module, activation: str) -> bool:
+    """Return whether the module is, for tokens x, indices and weights of experts, sum_j weight_j * down_j(act(gate_j(x)) * up_j(x)).
+
+    Args:
+        module: with gate_up_proj [E, 2 I, H] and down_proj [E, H, I], also on the meta device.
+        activation: in `ACTIVATIONS`.
+    """
+
+    def run() -> bool:
+        count = module._parameters["gate_up_proj"].shape[0]  # type: ignore[union-attr]
+        gate_up, down = torch.randn(count, 64, 16), torch.randn(count, 16, 32)
+        clone = _clone(module, {})
+        new = {"gate_up_proj": nn.Parameter(gate_up, False), "down_proj": nn.Parameter(down, False)}
+        clone.__dict__["_parameters"] = {**module._parameters, **new}
+        x, weights = torch.randn(5, 16), torch.rand(5, min(2, count))
+        indices = torch.rand(5, count).topk(weights.shape[1]).indices
+        expected = torch.zeros(5, 16)
+        for j in range(weights.shape[1]):
+            both, last = gate_up[indices[:, j]], down[indices[:, j]]
+            gate, up = torch.einsum("mrh,mh->mr", both, x).chunk(2, -1)
+            part = torch.einsum("mhi,mi->mh", last, ACTIVATIONS[activation](gate) * up)
+            expected += weights[:, j, None] * part
+        return _agree(clone(x, indices, weights), expected)
+
+    return bool(_attempt(run))
+
+
 class _NoAttention(nn.Module):
     """Stands for a child that returns (hidden, extra): no contribution to the residual stream."""
 

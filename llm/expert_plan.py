@@ -1,0 +1,52 @@
+"""Whether and how the experts of a layer are quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .experts import StoredExperts, part_names, sizes_of
+from .linear import Scheme
+from .quantization import WeightOnlyQuantConfig
+
+
+def expert_names(owner: str, module: nn.Module) -> Iterator[str]:
+    """Yield the full names of the linears of experts: gate, up and down of each in turn."""
+    sizes = module.sizes if isinstance(module, StoredExperts) else sizes_of(module)
+    for names in part_names(sizes.experts):
+        yield from (f"{owner}.{name}" for name in names)
+
+
+def kept_experts(config: WeightOnlyQuantConfig | None, name: str, module: nn.Module) -> str | None:
+    """Return why the experts called `name` shall stay floating point, or None."""
+    if config is None:
+        return "floating point: they run as transformers has them"
+    for part in (name, *expert_names(name, module)):
+        if (entry := config.excluded_by(part)) is not None:
+            stored = part in (config.floating_modules or ())
+            return "the checkpoint keeps them floating point" if stored else f"modules_to_not_convert has {entry!r}"
+    return None
+
+
+def expert_schemes(config: WeightOnlyQuantConfig, name: str, module: nn.Module) -> tuple[Scheme, Scheme]:
+    """Return the schemes of gate and up, and of down, of the experts called `name`.
+
+    Raises:
+        ValueError: they differ between the experts.
+    """
+    if isinstance(module, StoredExperts):
+        try:
+            up, down = module.layouts()
+        except RuntimeError as error:
+            raise ValueError(f"{name}: {error}; such experts cannot be computed") from None
+        return Scheme(up, config.compute_for(up)), Scheme(down, config.compute_for(down))
+    names = list(expert_names(name, module))
+    schemes = []
+    for parts in ([n for i, n in enumerate(names) if i % 3 < 2], names[2::3]):
+        layouts = {config.layout_of(part) for part in parts}
+        layout = layouts.pop()
+        if layouts or layout is None:
+            raise ValueError(f"layouts has different ones for the experts of {name}; give all of a layer the same")
+        schemes.append(Scheme(layout, config.compute_for(layout), config.rounds_fullrange(layout)))
+    return schemes[0], schemes[1]
