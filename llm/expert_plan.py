@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from .experts import StoredExperts, part_names, sizes_of
+from .experts import ExpertSizes, StoredExperts, is_experts, part_names, sizes_of
 from .linear import Scheme
 from .quantization import WeightOnlyQuantConfig
 
 
 def expert_names(owner: str, module: nn.Module) -> Iterator[str]:
     """Yield the full names of the linears of experts: gate, up and down of each in turn."""
-    sizes = module.sizes if isinstance(module, StoredExperts) else sizes_of(module)
-    for names in part_names(sizes.experts):
+    for names in part_names(_sizes(module).experts):
         yield from (f"{owner}.{name}" for name in names)
+
+
+def routers(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Return the floating-point linears beside experts that choose or weigh them: as many outputs as experts, or one.
+
+    They are small, and what they round to decides which experts a token goes to.
+    """
+    found: set[str] = set()
+    for name, module in modules.items():
+        if not isinstance(module, StoredExperts) and not is_experts(module):
+            continue
+        count = _sizes(module).experts
+        inside = name.rpartition(".")[0] + "."
+        for other, linear in modules.items():
+            if other.startswith(inside) and isinstance(linear, nn.Linear) and linear.out_features in (1, count):
+                found.add(other)
+    return found
+
+
+def _sizes(module: nn.Module) -> ExpertSizes:
+    return module.sizes if isinstance(module, StoredExperts) else sizes_of(module)
 
 
 def kept_experts(config: WeightOnlyQuantConfig | None, name: str, module: nn.Module) -> str | None:

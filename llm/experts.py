@@ -7,6 +7,7 @@ in quantized checkpoints, expert e is three linears under the names ``e.gate_pro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +126,7 @@ class StoredExperts(nn.Module):
         raise RuntimeError("these experts hold an unpacked checkpoint; call llm.optimize on the model")
 
     def layouts(self) -> tuple[Layout, Layout]:
-        """Return the layouts of gate and up, and of down.
+        """Return the layouts of gate and up, and of down; asymmetric where some are and others happen to be symmetric.
 
         Raises:
             RuntimeError: they differ between experts, or a gate takes its inputs in another order than its up.
@@ -139,10 +140,7 @@ class StoredExperts(nn.Module):
                     raise RuntimeError(f"{expert}.{part} has a bias, which experts cannot have")
                 (downs if part == PARTS[-1] else ups).add(linear.layout)
             common_perm(linears[:2])
-        if len(ups) > 1 or len(downs) > 1:
-            found = ", ".join(sorted(map(str, ups if len(ups) > 1 else downs)))
-            raise RuntimeError(f"experts of one layer are stored in different formats ({found})")
-        return ups.pop(), downs.pop()
+        return _widest(ups), _widest(downs)
 
 
 class QuantExperts(nn.Module):
@@ -287,6 +285,24 @@ class QuantExperts(nn.Module):
         return f"experts={count}, hidden={hidden}, width={width}, {layouts}, compute={computes}, {self.activation}"
 
 
+def _widest(layouts: set[Layout]) -> Layout:
+    """Return the layout that holds weights of all these."""
+    if len(layouts) == 1:
+        return next(iter(layouts))
+    result = {replace(layout, asymmetric=True) for layout in layouts if layout.format.integer}
+    if len(result) != 1 or not all(layout.format.integer for layout in layouts):
+        found = ", ".join(sorted(map(str, layouts)))
+        raise RuntimeError(f"experts of one layer are stored in different formats ({found})")
+    return result.pop()
+
+
+def _in_layout(part: Canonical, layout: Layout) -> Canonical:
+    """Return a weight with zeros written out if its layout is asymmetric."""
+    if not layout.asymmetric or part.zeros is not None:
+        return part
+    return part._replace(zeros=torch.full(part.scales.shape, layout.format.zero, dtype=torch.uint8))
+
+
 _Expert = tuple[Canonical, Canonical, Tensor | None, Tensor | None]
 
 
@@ -294,9 +310,9 @@ def _experts_of(source: nn.Module, schemes: Sequence[Scheme], sizes: ExpertSizes
     """Yield (gate and up interleaved, down, their perms) of each expert."""
     if isinstance(source, StoredExperts):
         for gate, up, down in source.linears():
-            parts = [canonical_of(linear, schemes[0]) for linear in (gate, up)]  # type: ignore[arg-type]
-            last = canonical_of(down, schemes[1])  # type: ignore[arg-type]
-            yield interleave(*parts), last, perm_of(gate), perm_of(down)
+            used = zip((gate, up, down), (schemes[0], *schemes), strict=True)
+            parts = [_in_layout(canonical_of(linear, scheme), scheme.layout) for linear, scheme in used]  # type: ignore[arg-type]
+            yield interleave(*parts[:2]), parts[2], perm_of(gate), perm_of(down)
         return
     gate_up, downs = _joined(source)
     for both, down in zip(gate_up.detach(), downs.detach(), strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import probe, trial
 from .cache_setup import CacheSetup
-from .expert_plan import expert_names, expert_schemes, kept_experts
+from .expert_plan import expert_names, expert_schemes, kept_experts, routers
 from .experts import StoredExperts, experts_misfit, is_experts, sizes_of
 from .families import FAMILIES, Family, Gated, GatedFused, Plain, find_family
 from .linear import CanonicalLinear, Scheme, perm_of, same_perm
@@ -92,6 +92,7 @@ class Planner:
         self.probed: dict[Any, Any] = {}
         self.taken: set[str] = set()  # linears that an MLP or group uses
         self.read: set[str] = set()  # linears whose weight the model reads itself
+        self.routers = routers(self.modules)
 
     def plan(self) -> Plan:
         """Return the plan."""
@@ -337,7 +338,7 @@ class Planner:
     def _scheme(self, name: str) -> Scheme | None:
         """Return how a linear is quantized, or None when it stays floating point."""
         config, module = self.quantization, self.modules[name]
-        if config is None or name in self.read or config.excluded_by(name) is not None:
+        if config is None or name in self.read or name in self.routers or config.excluded_by(name) is not None:
             return None
         if isinstance(module, CanonicalLinear):
             return Scheme(module.layout, config.compute_for(module.layout))
@@ -392,7 +393,8 @@ class Planner:
             elif name in self.read:
                 self.report.add(name, kind, reason="the model reads its weight directly", expected=False)
             elif scheme is None:
-                self._dense(name, module, kind, "lm_head=False")
+                reason = "it chooses or weighs experts" if name in self.routers else "lm_head=False"
+                self._dense(name, module, kind, reason)
             else:
                 by = f"QuantLinear {scheme.layout}"
                 if kind == "head" and self._tied(module):

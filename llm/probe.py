@@ -6,7 +6,8 @@ and compares with the formula that would replace it. What does not agree is not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,18 @@ def _attempt(function: Callable[[], Any]) -> Any:
             return function()
         except Exception:  # a foreign forward may raise anything
             return None
+
+
+@contextmanager
+def usual_tensors() -> Iterator[None]:
+    """Make tensors on the CPU in float32, also where transformers builds a model of another dtype on the meta device."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def probe_rms_norm(module: nn.Module, offset: float) -> bool:

@@ -126,14 +126,15 @@ def restore_floats(model: Any, dtype: torch.dtype) -> Any:
     """
     plain = _bare_twin(model)
     quantized = {q.name: q for q in quantized_linears(model)}
+    quantized_experts = {name: m for name, m in model.named_modules() if isinstance(m, QuantExperts)}
     done: dict[int, nn.Parameter] = {}
     for path, module in plain.named_modules():
         if (found := quantized.get(path)) is not None:
             module._parameters["weight"] = nn.Parameter(found.weight().to(dtype), requires_grad=False)
             _set_bias(path, module, found.bias)
             continue
-        if isinstance(model.get_submodule(path), QuantExperts):
-            for name, weight in model.get_submodule(path).dequantized(dtype).items():
+        if (experts := quantized_experts.get(path)) is not None:
+            for name, weight in experts.dequantized(dtype).items():
                 module._parameters[name] = nn.Parameter(weight, requires_grad=False)
             continue
         for name in [n for n, p in module._parameters.items() if p is not None]:

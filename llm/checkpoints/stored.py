@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...ops.formats import check_canonical
+from ..experts import StoredExperts, experts_misfit, is_experts
 from ..linear import CanonicalLinear, check_perm
 from ..memory import return_free_memory
+from ..mlp import GATED_ACTIVATIONS
 from ..plan import is_linear
+from ..probe import probe_activation, probe_experts, usual_tensors
 from .contents import ModelNames, check_contents
 from .files import TensorFiles
 from .reader import Reader, Weight
@@ -24,14 +28,15 @@ class StoredLinear(nn.Module):
         linear: that it replaces.
         prefix: of its tensors' names in the files.
         suffixes: what these names end with.
+        names: how transformers calls these tensors.
     """
 
-    def __init__(self, linear: nn.Linear, prefix: str, suffixes: list[str]) -> None:
+    def __init__(self, linear: nn.Linear, prefix: str, suffixes: list[str], names: list[str]) -> None:
         """Note the sizes."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype, self.biased = linear.weight.dtype, linear.bias is not None
-        self.prefix, self.suffixes = prefix, suffixes
+        self.prefix, self.suffixes, self.names = prefix, suffixes, names
         self._is_hf_initialized = True
 
     @property
@@ -94,12 +99,15 @@ def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
         ValueError: a tensor is missing, or has another shape or dtype; or a quantized weight is no linear of the model.
     """
     names = ModelNames(model)
+    groups = {prefix: found for prefix, found in files.groups().items() if prefix and reader.quantizes(prefix, found)}
+    inside = {prefix: part for prefix in groups if (part := names.expert_of(prefix)) is not None}
+    experts = store_experts(model, [owner for owner, _ in inside.values()])
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     outside, found_for = [], dict[str, str]()
-    for prefix, found in files.groups().items():
-        if not prefix or not reader.quantizes(prefix, found):
-            continue
+    for prefix, found in groups.items():
         name = names.of(f"{prefix}.weight")[0].rpartition(".")[0]
+        if inside.get(prefix, ("",))[0] in experts:
+            name = ".".join(inside[prefix])
         if name not in linears:
             outside.append(prefix)
             continue
@@ -110,12 +118,51 @@ def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
         reader.check(prefix, linear.in_features, linear.out_features, found)
         if linear.bias is not None and "bias" not in found:
             raise ValueError(f"the checkpoint has no {prefix}.bias")
-        model.set_submodule(name, StoredLinear(linear, prefix, list(found)))
+        model.set_submodule(
+            name, StoredLinear(linear, prefix, list(found), [names.of(f"{prefix}.{suffix}")[0] for suffix in found])
+        )
     check_outside(outside, model)
+    for owner in experts:
+        check_complete(model, owner)
     if not found_for:
         raise ValueError("quantization_config says that the checkpoint is quantized, but no linear in its files is")
     untie(model)
     check_contents(model, files, names)
+
+
+def store_experts(model: Any, owners: Iterable[str]) -> list[str]:
+    """Replace experts of a model by `StoredExperts` and return the names of those that were replaced.
+
+    Args:
+        model: changed.
+        owners: full names; those that are no experts are passed over.
+
+    Raises:
+        ValueError: experts have a form that cannot be computed quantized.
+    """
+    replaced = []
+    modules = dict(model.named_modules())
+    for name in dict.fromkeys(owners):
+        module = modules.get(name)
+        if module is None or not is_experts(module):
+            continue
+        with usual_tensors():
+            activation = probe_activation(getattr(module, "act_fn", None)) or "another function"
+            misfit = experts_misfit(module)
+            if misfit is None and (activation not in GATED_ACTIVATIONS or not probe_experts(module, activation)):
+                misfit = f"{type(module).__name__} does not compute the weighted sum of down(act(gate) * up)"
+        if misfit is not None:
+            raise ValueError(f"{name} is quantized in the checkpoint, and cannot be computed so: {misfit}")
+        model.set_submodule(name, StoredExperts(module, activation))
+        replaced.append(name)
+    return replaced
+
+
+def check_complete(model: Any, owner: str) -> None:
+    """Raise ValueError unless all linears of these `StoredExperts` were replaced by quantized ones."""
+    for name, module in model.get_submodule(owner).named_modules():
+        if isinstance(module, nn.Linear):
+            raise ValueError(f"the checkpoint has other experts quantized, and nothing for {owner}.{name}")
 
 
 def check_outside(outside: list[str], model: Any) -> None:
@@ -123,12 +170,6 @@ def check_outside(outside: list[str], model: Any) -> None:
     if not outside:
         return
     more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
-    experts = [name for name in outside if re.search(r"(^|\.)experts?(\.|$)", name)]
-    if experts:
-        raise ValueError(
-            f"{experts[0]}{more}: quantized experts cannot be loaded yet, since transformers keeps all experts of a layer "
-            "in one tensor; load the floating-point model and quantize it (its experts stay floating point)"
-        )
     raise ValueError(f"{outside[0]}{more} are quantized in the checkpoint and no linear of {type(model).__name__}")
 
 
@@ -147,7 +188,7 @@ def untie(model: Any) -> None:
 def ignore_stored(model: Any) -> None:
     """Keep transformers from reporting the tensors of `StoredLinear`s as unexpected."""
     stored = [m for m in model.modules() if isinstance(m, StoredLinear)]
-    kinds = {re.sub(r"\d+", r"\\d+", re.escape(f"{m.prefix}.{suffix}")) for m in stored for suffix in m.suffixes}
+    kinds = {re.sub(r"\d+", r"\\d+", re.escape(name)) for m in stored for name in m.names}
     known = model._keys_to_ignore_on_load_unexpected or set()
     model._keys_to_ignore_on_load_unexpected = set(known) | {f"^(.*\\.)?{kind}$" for kind in kinds}
 
