@@ -24,6 +24,9 @@ from .plan import Plan, Step, settle_attention, weights_of
 from .positions import with_limit
 from .rope import with_rotation
 
+#: Matrices up to this size are aligned: routers, and heads of small models.
+ALIGNED_BYTES = 4 << 20
+
 
 class Converter:
     """Applies steps in order and can take back those that freed nothing.
@@ -71,6 +74,7 @@ class Converter:
             self._quantize([s for s in self.plan.steps if s.schemes])
             self._untie()
             self._dtype()
+            self._align()
             move_to_huge_pages(m.weight for m in self.model.modules() if isinstance(m, DenseLinear))
             self._attention()
             self._deployment()
@@ -220,6 +224,22 @@ class Converter:
         if tied:
             self.model.all_tied_weights_keys = {}
             self.undo.append(lambda: setattr(self.model, "all_tied_weights_keys", tied))
+
+    def _align(self) -> None:
+        """Move small matrices that start anywhere in a mapped file to a multiple of 64 bytes.
+
+        torch's products of few rows give other bits elsewhere, and routers decide by small differences: a saved model must choose the
+        same experts when it is loaded.
+        """
+        done: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for name, old in module._parameters.items():
+                if old is None or old.dim() != 2 or old.nbytes > ALIGNED_BYTES or old.data_ptr() % 64 == 0:
+                    continue
+                if id(old) not in done:
+                    done[id(old)] = nn.Parameter(old.detach().clone(), old.requires_grad)
+                module._parameters[name] = done[id(old)]
+                self.undo.append(lambda held=module._parameters, name=name, old=old: held.__setitem__(name, old))  # type: ignore[misc]
 
     def _dtype(self) -> None:
         """Convert parameters; buffers, which a model derives from its configuration (RoPE frequencies), stay as they are."""

@@ -338,7 +338,9 @@ class Planner:
     def _scheme(self, name: str) -> Scheme | None:
         """Return how a linear is quantized, or None when it stays floating point."""
         config, module = self.quantization, self.modules[name]
-        if config is None or name in self.read or name in self.routers or config.excluded_by(name) is not None:
+        if config is None or name in self.read or config.excluded_by(name) is not None:
+            return None
+        if name in self.routers and name not in (config.layouts or {}):
             return None
         if isinstance(module, CanonicalLinear):
             return Scheme(module.layout, config.compute_for(module.layout))
