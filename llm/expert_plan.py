@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
-from .experts import ExpertSizes, StoredExperts, is_experts, part_names, sizes_of
+from .experts import ExpertSizes, StoredExperts, experts_misfit, is_experts, part_names, sizes_of
 from .linear import Scheme
+from .mlp import GATED_ACTIVATIONS
+from .probe import probe_experts
 from .quantization import WeightOnlyQuantConfig
 
 
@@ -29,7 +31,8 @@ def routers(modules: Mapping[str, nn.Module]) -> set[str]:
         count = _sizes(module).experts
         inside = name.rpartition(".")[0] + "."
         for other, linear in modules.items():
-            if other.startswith(inside) and isinstance(linear, nn.Linear) and linear.out_features in (1, count):
+            beside = other.startswith(inside) and not other.startswith(f"{name}.")
+            if beside and isinstance(linear, nn.Linear) and linear.out_features in (1, count):
                 found.add(other)
     return found
 
@@ -46,6 +49,31 @@ def kept_experts(config: WeightOnlyQuantConfig | None, name: str, module: nn.Mod
         if (entry := config.excluded_by(part)) is not None:
             stored = part in (config.floating_modules or ())
             return "the checkpoint keeps them floating point" if stored else f"modules_to_not_convert has {entry!r}"
+    return None
+
+
+def other_experts(module: nn.Module) -> str | None:
+    """Return why a module whose experts are not kept as `is_experts` asks cannot be quantized; None if it holds no experts."""
+    named = hasattr(module, "_apply_gate")  # transformers' decorator of such classes sets it
+    return f"{type(module).__name__} keeps the weights of its experts in another form" if named else None
+
+
+def unlike_experts(
+    module: nn.Module, activation: str | None, probe: Callable[[nn.Module, str], bool] = probe_experts
+) -> str | None:
+    """Return why experts do not compute what `QuantExperts` does, or None.
+
+    Args:
+        module: as `is_experts` asks; also on the meta device.
+        activation: name of its function, None for another one.
+        probe: `probe_experts`, or one that remembers its answers.
+    """
+    if (misfit := experts_misfit(module)) is not None:
+        return misfit
+    if activation not in GATED_ACTIVATIONS:
+        return f"{type(module).__name__}: its activation is not one of {', '.join(GATED_ACTIVATIONS)}"
+    if not probe(module, activation):
+        return f"{type(module).__name__} does not compute the weighted sum of down({activation}(gate) * up)"
     return None
 
 

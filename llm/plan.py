@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from . import probe, trial
 from .cache_setup import CacheSetup
-from .expert_plan import expert_names, expert_schemes, kept_experts, routers
-from .experts import StoredExperts, experts_misfit, is_experts, sizes_of
+from .expert_plan import expert_names, expert_schemes, kept_experts, other_experts, routers, unlike_experts
+from .experts import StoredExperts, is_experts, sizes_of
 from .families import FAMILIES, Family, Gated, GatedFused, Plain, find_family
 from .linear import CanonicalLinear, Scheme, perm_of, same_perm
 from .memory import FilePages, tensors_of
@@ -226,15 +226,18 @@ class Planner:
         """Plan the experts of mixture-of-experts layers: one module with one weight for all of them."""
         for name, module in self.modules.items():
             if not isinstance(module, StoredExperts) and not is_experts(module):
+                if self.quantization is not None and (reason := other_experts(module)) is not None:
+                    self.report.add(name, "experts", reason=reason, expected=False)
                 continue
             stored = module if isinstance(module, StoredExperts) else None
             if stored is not None:  # its linears are no layers of their own
                 self.taken.update(f"{name}.{part}" for part, _ in module.named_modules())
-            reason = kept_experts(self.quantization, name, module)
+            kept = kept_experts(self.quantization, name, module)
             activation = self._activation(module, "act_fn") if stored is None else stored.activation
-            misfit = None if stored is not None or reason is not None else self._unlike_experts(module, activation)
-            if reason is not None or misfit is not None:
-                self.report.add(name, "experts", reason=reason or misfit, expected=misfit is None)
+            checked = stored is not None or kept is not None
+            misfit = None if checked else unlike_experts(module, activation, self._probe_experts)
+            if kept is not None or misfit is not None:
+                self.report.add(name, "experts", reason=kept or misfit, expected=misfit is None)
                 continue
             assert self.quantization is not None
             schemes = expert_schemes(self.quantization, name, module)
@@ -242,16 +245,9 @@ class Planner:
             step = Step("experts", (name,), activation=activation or "", schemes=schemes)
             self._add(step, module, "experts", f"ops.quant_experts {layouts}")
 
-    def _unlike_experts(self, module: nn.Module, activation: str | None) -> str | None:
-        """Return why experts do not compute what `QuantExperts` does, or None."""
-        if (misfit := experts_misfit(module)) is not None:
-            return misfit
-        if activation not in GATED_ACTIVATIONS:
-            return f"its activation is not one of {', '.join(GATED_ACTIVATIONS)}"
-        key = (type(module), activation, sizes_of(module).experts)
-        if not self._once(key, partial(probe.probe_experts, module, activation)):
-            return f"{type(module).__name__} does not compute the weighted sum of down({activation}(gate) * up)"
-        return None
+    def _probe_experts(self, module: nn.Module, activation: str) -> bool:
+        key = ("experts", type(module), activation, *sizes_of(module))
+        return bool(self._once(key, partial(probe.probe_experts, module, activation)))
 
     def _mlps(self) -> None:
         for kind in dict.fromkeys(row.mlp for row in self.rows):

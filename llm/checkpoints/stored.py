@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.formats import check_canonical
-from ..experts import StoredExperts, experts_misfit, is_experts
+from ..expert_plan import unlike_experts
+from ..experts import StoredExperts, is_experts
 from ..linear import CanonicalLinear, check_perm
 from ..memory import return_free_memory
-from ..mlp import GATED_ACTIVATIONS
 from ..plan import is_linear
-from ..probe import probe_activation, probe_experts, usual_tensors
+from ..probe import probe_activation, usual_tensors
 from .contents import ModelNames, check_contents
 from .files import TensorFiles
 from .reader import Reader, Weight
@@ -147,11 +147,9 @@ def store_experts(model: Any, owners: Iterable[str]) -> list[str]:
         if module is None or not is_experts(module):
             continue
         with usual_tensors():
-            activation = probe_activation(getattr(module, "act_fn", None)) or "another function"
-            misfit = experts_misfit(module)
-            if misfit is None and (activation not in GATED_ACTIVATIONS or not probe_experts(module, activation)):
-                misfit = f"{type(module).__name__} does not compute the weighted sum of down(act(gate) * up)"
-        if misfit is not None:
+            activation = probe_activation(getattr(module, "act_fn", None))
+            misfit = unlike_experts(module, activation)
+        if misfit is not None or activation is None:
             raise ValueError(f"{name} is quantized in the checkpoint, and cannot be computed so: {misfit}")
         model.set_submodule(name, StoredExperts(module, activation))
         replaced.append(name)
