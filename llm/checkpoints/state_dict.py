@@ -16,7 +16,7 @@ from ..quantization import WeightOnlyQuantConfig
 from .files import by_prefix, entries_of
 from .low_precision import LowPrecisionReader
 from .reader import Entry, Reader
-from .stored import canonical_linear, check_outside, store_experts
+from .stored import canonical_linear, check_complete, check_outside, store_experts
 
 #: What is said where the state dict came without a configuration.
 ASSUMED = "low_precision_checkpoint has no configuration: the layout of GPTQ (version 1) is assumed"
@@ -115,7 +115,10 @@ class TakeOver:
         self._replaced.clear()
 
     def check_complete(self) -> None:
-        """Raise ValueError if a linear without values got none from the state dict."""
+        """Raise ValueError if a linear without values got none from the state dict, or experts not all of theirs."""
+        for name, module in self._replaced.items():
+            if is_experts(module):
+                check_complete(self.model, name)
         for name, module in self.model.named_modules():
             if not isinstance(module, CanonicalLinear) and any(p.is_meta for p in module.parameters(recurse=False)):
                 raise ValueError(f"{name} is on the meta device, and low_precision_checkpoint has no weight for it")
