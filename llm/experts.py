@@ -95,6 +95,13 @@ def part_names(count: int) -> Iterator[tuple[str, str, str]]:
         yield tuple(f"{expert}.{part}" for part in PARTS)  # type: ignore[misc]
 
 
+class _Blank(nn.Linear):
+    """A linear on the meta device; thousands are made, and to initialize one takes a millisecond."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing."""
+
+
 class StoredExperts(nn.Module):
     """Experts one by one, as a checkpoint stores them: children ``e.gate_proj`` and so on. `optimize` makes `QuantExperts` of it.
 
@@ -108,11 +115,13 @@ class StoredExperts(nn.Module):
         super().__init__()
         self.sizes, self.activation = sizes_of(module), activation
         count, hidden, width = self.sizes
-        options: dict[str, Any] = {"bias": False, "device": "meta", "dtype": _joined(module)[0].dtype}
+        dtype = _joined(module)[0].dtype
         for expert in range(count):
             child = nn.Module()
             for part, (n, k) in zip(PARTS, ((width, hidden), (width, hidden), (hidden, width)), strict=True):
-                child.add_module(part, nn.Linear(k, n, **options).requires_grad_(False))
+                linear = _Blank(k, n, False, "meta", dtype)
+                linear.weight.requires_grad_(False)
+                child.add_module(part, linear)
             self.add_module(str(expert), child)
         self.train(module.training)
 

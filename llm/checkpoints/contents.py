@@ -29,9 +29,15 @@ class ModelNames:
         self._converters = [r for r in rules if isinstance(r, WeightConverter)]
         self._base = model.base_model_prefix
         self._known = model.state_dict()
+        self._found: dict[str, tuple[str, bool]] = {}
 
     def of(self, key: str) -> tuple[str, bool]:
         """Return a tensor's name in the model and whether transformers computes another tensor from it."""
+        if key not in self._found:
+            self._found[key] = self._renamed(key)
+        return self._found[key]
+
+    def _renamed(self, key: str) -> tuple[str, bool]:
         name, converter = rename_source_key(key, self._renamings, self._converters, self._base, self._known)
         if name not in self._known and key in self._known:
             return key, False

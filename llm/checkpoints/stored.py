@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...ops.formats import check_canonical
 from ..expert_plan import unlike_experts
-from ..experts import StoredExperts, is_experts
+from ..experts import StoredExperts, is_experts, sizes_of
 from ..linear import CanonicalLinear, check_perm
 from ..memory import return_free_memory
 from ..plan import is_linear
@@ -19,6 +19,9 @@ from ..probe import probe_activation, usual_tensors
 from .contents import ModelNames, check_contents
 from .files import TensorFiles
 from .reader import Reader, Weight
+
+#: Freed memory is handed back to the system when it has become that much.
+KEPT_BYTES = 8 << 20
 
 
 class StoredLinear(nn.Module):
@@ -28,15 +31,14 @@ class StoredLinear(nn.Module):
         linear: that it replaces.
         prefix: of its tensors' names in the files.
         suffixes: what these names end with.
-        names: how transformers calls these tensors.
     """
 
-    def __init__(self, linear: nn.Linear, prefix: str, suffixes: list[str], names: list[str]) -> None:
+    def __init__(self, linear: nn.Linear, prefix: str, suffixes: list[str]) -> None:
         """Note the sizes."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype, self.biased = linear.weight.dtype, linear.bias is not None
-        self.prefix, self.suffixes, self.names = prefix, suffixes, names
+        self.prefix, self.suffixes = prefix, suffixes
         self._is_hf_initialized = True
 
     @property
@@ -118,9 +120,7 @@ def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
         reader.check(prefix, linear.in_features, linear.out_features, found)
         if linear.bias is not None and "bias" not in found:
             raise ValueError(f"the checkpoint has no {prefix}.bias")
-        model.set_submodule(
-            name, StoredLinear(linear, prefix, list(found), [names.of(f"{prefix}.{suffix}")[0] for suffix in found])
-        )
+        model.set_submodule(name, StoredLinear(linear, prefix, list(found)))
     check_outside(outside, model)
     for owner in experts:
         check_complete(model, owner)
@@ -128,6 +128,7 @@ def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
         raise ValueError("quantization_config says that the checkpoint is quantized, but no linear in its files is")
     untie(model)
     check_contents(model, files, names)
+    ignore_stored(model, names)
 
 
 def store_experts(model: Any, owners: Iterable[str]) -> list[str]:
@@ -140,7 +141,7 @@ def store_experts(model: Any, owners: Iterable[str]) -> list[str]:
     Raises:
         ValueError: experts have a form that cannot be computed quantized.
     """
-    replaced = []
+    replaced, probed = [], dict[Any, str | None]()
     modules = dict(model.named_modules())
     for name in dict.fromkeys(owners):
         module = modules.get(name)
@@ -148,7 +149,10 @@ def store_experts(model: Any, owners: Iterable[str]) -> list[str]:
             continue
         with usual_tensors():
             activation = probe_activation(getattr(module, "act_fn", None))
-            misfit = unlike_experts(module, activation)
+            key = type(module), activation, sizes_of(module)
+            if key not in probed:
+                probed[key] = unlike_experts(module, activation)
+            misfit = probed[key]
         if misfit is not None or activation is None:
             raise ValueError(f"{name} is quantized in the checkpoint, and cannot be computed so: {misfit}")
         model.set_submodule(name, StoredExperts(module, activation))
@@ -183,12 +187,13 @@ def untie(model: Any) -> None:
     model.all_tied_weights_keys = {t: s for t, s in tied.items() if f"{name}.weight" not in (t, s)}
 
 
-def ignore_stored(model: Any) -> None:
+def ignore_stored(model: Any, names: ModelNames) -> None:
     """Keep transformers from reporting the tensors of `StoredLinear`s as unexpected."""
-    stored = [m for m in model.modules() if isinstance(m, StoredLinear)]
-    kinds = {re.sub(r"\d+", r"\\d+", re.escape(name)) for m in stored for name in m.names}
+    keys = (f"{m.prefix}.{suffix}" for m in model.modules() if isinstance(m, StoredLinear) for suffix in m.suffixes)
+    kinds = {re.sub(r"\d+", "0", key): key for key in keys}  # those of different layers and experts are renamed alike
+    patterns = (re.sub(r"\d+", r"\\d+", re.escape(names.of(key)[0])) for key in kinds.values())
     known = model._keys_to_ignore_on_load_unexpected or set()
-    model._keys_to_ignore_on_load_unexpected = set(known) | {f"^(.*\\.)?{kind}$" for kind in kinds}
+    model._keys_to_ignore_on_load_unexpected = set(known) | {f"^(.*\\.)?{pattern}$" for pattern in patterns}
 
 
 def read_all(model: Any, reader: Reader, files: TensorFiles) -> None:
@@ -197,14 +202,19 @@ def read_all(model: Any, reader: Reader, files: TensorFiles) -> None:
     Raises:
         ValueError: of the reader.
     """
+    freed = 0
     for name, module in list(model.named_modules()):
         if not isinstance(module, StoredLinear):
             continue
         k, n = module.in_features, module.out_features
         tensors = {suffix: files.read(f"{module.prefix}.{suffix}") for suffix in module.suffixes}
         bias = tensors.get("bias")
+        freed += sum(tensor.nbytes for tensor in tensors.values())
         weight = reader.read(module.prefix, k, n, tensors)
         del tensors
         model.set_submodule(name, canonical_linear(module.prefix, weight, k, n, module.dtype, bias, module.biased))
         del weight
-        return_free_memory()
+        if freed > KEPT_BYTES:  # experts are many and small
+            return_free_memory()
+            freed = 0
+    return_free_memory()

@@ -30,6 +30,7 @@ def kept(model: Any) -> set[str | None]:
     return {e.reason for e in model.optimization_report.entries if e.kind == "experts" and e.by is None}
 
 
+@pytest.mark.exercises("int4")
 @NAMES
 def test_equal_to_the_dequantized_model(name: str) -> None:
     fast, batch = quantized(name), padded_batch()
@@ -73,11 +74,24 @@ def test_what_chooses_experts_stays_floating_point() -> None:
     assert not isinstance(quantized("qwen2_moe", layouts=layouts).model.layers[0].mlp.shared_expert_gate, nn.Linear)
 
 
+@pytest.mark.exercises("int8")
 @NAMES
-def test_saved_in_shards_and_loaded_in_a_fresh_process(name: str, tmp_path: Path) -> None:
-    fast, batch = quantized(name, compute_dtype="auto", scheme="asym"), padded_batch()
-    fast.save_pretrained(tmp_path, max_shard_size="20KB")
+def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    options = {"weight_dtype": "int8", "compute_dtype": "auto", "scheme": "asym"}
+    fast, batch = quantized(name, **options), padded_batch()
+    fast.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert torch.equal(llm.from_quantized(tmp_path)(**batch).logits, fast(**batch).logits)
+    again = llm.AutoModelForCausalLM.from_pretrained(tmp_path, compute_dtype="fp32", strict=True)
+    assert not experts_of(again) and not kept(again)
+    plain = again.dequantize()
+    assert type(plain) is type(expert_model(name)) and list(experts_of(plain)) == list(experts_of(expert_model(name)))
+    assert error(plain(**batch).logits, dequantized_twin(name, fast)(**batch).logits, batch["attention_mask"]) < 1e-6
+
+
+def test_loaded_in_a_fresh_process(tmp_path: Path) -> None:
+    fast, batch = quantized("qwen2_moe", compute_dtype="auto"), padded_batch()
+    fast.save_pretrained(tmp_path)
     torch.save(batch, tmp_path / "batch.pt")
     code = (
         "import sys, torch\nfrom llmrt import llm\nd = sys.argv[1]\ntorch.set_num_threads(1)\n"
@@ -85,15 +99,7 @@ def test_saved_in_shards_and_loaded_in_a_fresh_process(name: str, tmp_path: Path
         "torch.save(model(**torch.load(d + '/batch.pt')).logits, d + '/logits.pt')\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
-    expected = fast(**batch).logits
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
-    again = llm.AutoModelForCausalLM.from_pretrained(tmp_path, compute_dtype="fp32", strict=True)
-    assert not experts_of(again) and not kept(again)
-    plain = again.dequantize()
-    assert type(plain) is type(expert_model(name)) and sorted(experts_of(plain)) == sorted(
-        experts_of(expert_model(name))
-    )
-    assert error(plain(**batch).logits, dequantized_twin(name, fast)(**batch).logits, batch["attention_mask"]) < 1e-6
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), fast(**batch).logits)
 
 
 def test_state_dict_of_another_model_is_taken_over() -> None:
@@ -123,9 +129,26 @@ def test_experts_are_kept(entry: str, tmp_path: Path) -> None:
     assert [isinstance(layer.mlp.experts, QuantExperts) for layer in again.model.layers] == layers
 
 
-def test_without_quantization_they_stay() -> None:
-    model = llm.optimize(expert_model("mixtral"), deployment_mode=False, strict=True)
-    assert len(experts_of(model)) == 2 and kept(model) == {"floating point: they run as transformers has them"}
+@pytest.mark.exercises("float32")
+@NAMES
+def test_without_quantization_they_stay(name: str) -> None:
+    plain, batch = expert_model(name), padded_batch()
+    model = llm.optimize(plain, deployment_mode=False, strict=True)
+    assert list(experts_of(model)) == list(experts_of(plain))
+    assert kept(model) == {"floating point: they run as transformers has them"}
+    assert error(model(**batch).logits, plain(**batch).logits, batch["attention_mask"]) < 2e-5
+    assert torch.equal(model.generate(**batch, **GREEDY), plain.generate(**batch, **GREEDY))
+
+
+@pytest.mark.exercises("bfloat16")
+@NAMES
+def test_bfloat16_runs_as_graphs(name: str) -> None:
+    plain, batch = copy.deepcopy(expert_model(name)).bfloat16(), padded_batch()
+    model = llm.optimize(plain, strict=True)
+    model.generate(**batch, max_new_tokens=2)
+    assert not any("modules run" in line for line in model.optimization_report.graphs)
+    layer, x = model.model.layers[1].mlp, torch.randn(1, 7, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert error(layer(x), plain.model.layers[1].mlp(x)) < 0.02
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["one tensor per expert", "joined"])
@@ -138,8 +161,8 @@ def test_directories_of_transformers(name: str, original: bool, tmp_path: Path) 
     assert torch.equal(fast(**batch).logits, expected(**batch).logits)
 
 
-@NAMES
-def test_compiled_and_exported(name: str) -> None:
+def test_compiled_and_exported() -> None:
+    name = "qwen2_moe"
     fast, batch = quantized(name), padded_batch()
     config = llm.WeightOnlyQuantConfig(group_size=16, compute_dtype="fp32")
     modules = llm.optimize(expert_model(name), quantization_config=config, deployment_mode=False)
