@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "linear_run.h"
@@ -49,21 +50,23 @@ struct Weights {
     return p;
   }
 
+  const uint8_t* data_of(int64_t expert) const { return args.weight.data + expert * expert_bytes; }
+
+  // Runs M rows of inputs, one after another, through one expert.
   void run(int64_t expert, const void* x, DType dtype, int64_t M, float* out) const {
     MultiplyArgs a = args;
-    a.weight.data += expert * expert_bytes, a.out = out;
+    a.weight.data = data_of(expert), a.out = out;
     run_linear({x, dtype, K, K}, a, M, g);
   }
 };
 
 // Rows of x, of which row i is `row_of(i)`, one after another, their columns in the order of `perm` if there is one.
 template <class T, class RowOf>
-void gather(const void* x, int64_t stride, int64_t count, int64_t K, const int32_t* perm, const RowOf& row_of,
-            void* out) {
+void gather_as(const T* x, int64_t stride, int64_t count, int64_t K, const int32_t* perm, const RowOf& row_of, T* out) {
   parallel_ranges(count, (kGrain + K - 1) / K, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const T* from = (const T*)x + row_of(i) * stride;
-      T* to = (T*)out + i * K;
+      const T* from = x + row_of(i) * stride;
+      T* to = out + i * K;
       if (!perm) {
         memcpy(to, from, K * sizeof(T));
       } else {
@@ -72,13 +75,22 @@ void gather(const void* x, int64_t stride, int64_t count, int64_t K, const int32
     }
   });
 }
+template <class RowOf>
+void gather(const void* x, DType dtype, int64_t stride, int64_t count, int64_t K, const int32_t* perm,
+            const RowOf& row_of, void* out) {
+  if (size_of(dtype) == 4)
+    gather_as((const uint32_t*)x, stride, count, K, perm, row_of, (uint32_t*)out);
+  else
+    gather_as((const uint16_t*)x, stride, count, K, perm, row_of, (uint16_t*)out);
+}
 
 // places[first[e] .. first[e + 1]): which elements of indices choose expert e, rising.
 struct Choice {
+  const int64_t* chosen;
   std::vector<int64_t> first, places;
 
-  Choice(const Tensor& indices, int64_t experts) : first(experts + 1), places(indices.numel()) {
-    const int64_t* chosen = indices.const_data_ptr<int64_t>();
+  Choice(const Tensor& indices, int64_t experts)
+      : chosen(indices.const_data_ptr<int64_t>()), first(experts + 1), places(indices.numel()) {
     const int64_t count = (int64_t)places.size();
     for (int64_t i = 0; i < count; i++) {
       STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < experts, "indices has the value ", chosen[i], "; valid: 0 to ",
@@ -97,41 +109,83 @@ struct Choice {
   }
 };
 
-struct Buffers {
-  Scratch rows, hidden, ordered, results, sums;
-};
+struct Layer {
+  const Rows& x;
+  DType dtype;
+  const Choice& choice;
+  const Weights &up, &down;
 
-void run_experts(const Rows& x, DType dtype, const Choice& choice, int64_t k, const Weights& up, const Weights& down,
-                 AddRowsArgs add, void* out) {
-  static thread_local Buffers buffers;
-  const int64_t most = choice.most(), width = up.args.width, H = up.K, size = size_of(dtype);
-  void* rows = buffers.rows.get(most * H * size);
-  float* hidden = (float*)buffers.hidden.get(most * width * 4);
-  float* ordered = down.perm ? (float*)buffers.ordered.get(most * width * 4) : hidden;
-  float* results = (float*)buffers.results.get(most * H * 4);
-  add.sums = (float*)buffers.sums.get(x.M * H * 4), add.rows = results, add.k = k, add.H = H;
-  memset(add.sums, 0, x.M * H * 4);
-  for (int64_t e = 0; e + 1 < (int64_t)choice.first.size(); e++) {
-    const int64_t count = choice.first[e + 1] - choice.first[e];
-    if (!count) continue;
-    const int64_t* places = choice.places.data() + choice.first[e];
-    const auto token = [&](int64_t i) { return places[i] / k; };
-    if (size == 4)
-      gather<uint32_t>(x.data, x.stride, count, H, up.order_of(e), token, rows);
-    else
-      gather<uint16_t>(x.data, x.stride, count, H, up.order_of(e), token, rows);
-    up.run(e, rows, dtype, count, hidden);
-    if (down.perm)
-      gather<uint32_t>(hidden, width, count, width, down.order_of(e), [](int64_t i) { return i; }, ordered);
-    down.run(e, ordered, DType::f32, count, results);
-    add.places = places, add.count = count;
-    // By columns: an expert may be chosen twice for a token.
-    parallel_ranges(H, (kGrain + count - 1) / count,
-                    [&](int64_t begin, int64_t end) { tier().experts.add_rows(add, begin, end); });
+  // Scratch of `count` rows.
+  struct Buffers {
+    uint8_t* rows;
+    float *hidden, *ordered, *results;
+  };
+  Buffers buffers(int64_t count) const {
+    static thread_local Scratch rows, hidden, ordered, results;
+    const int64_t H = up.K, width = down.K;
+    float* h = (float*)hidden.get(count * width * 4);
+    return {(uint8_t*)rows.get(count * H * size_of(dtype)), h, down.perm ? (float*)ordered.get(count * width * 4) : h,
+            (float*)results.get(count * H * 4)};
   }
-  parallel_ranges(x.M * H, kGrain,
-                  [&](int64_t begin, int64_t end) { tier().experts.round(add.sums, out, dtype, begin, end); });
-}
+
+  // One expert after the other, each over the rows that chose it.
+  void by_expert(AddRowsArgs add) const {
+    const Buffers b = buffers(choice.most());
+    add.rows = b.results;
+    for (int64_t e = 0; e + 1 < (int64_t)choice.first.size(); e++) {
+      const int64_t count = choice.first[e + 1] - choice.first[e];
+      if (!count) continue;
+      add.places = choice.places.data() + choice.first[e], add.count = count;
+      const auto token = [&](int64_t i) { return add.places[i] / add.k; };
+      gather(x.data, dtype, x.stride, count, up.K, up.order_of(e), token, b.rows);
+      up.run(e, b.rows, dtype, count, b.hidden);
+      if (down.perm)
+        gather(b.hidden, DType::f32, down.K, count, down.K, down.order_of(e), [](int64_t i) { return i; }, b.ordered);
+      down.run(e, b.ordered, DType::f32, count, b.results);
+      // By columns: an expert may be chosen twice for a token.
+      parallel_ranges(up.K, (kGrain + count - 1) / count,
+                      [&](int64_t begin, int64_t end) { tier().experts.add_rows(add, begin, end); });
+    }
+  }
+
+  // The experts of one token side by side: one after the other, each would wait twice for all threads.
+  void one_token(AddRowsArgs add) const {
+    const int64_t count = (int64_t)choice.places.size(), H = up.K, width = down.K, row_bytes = H * size_of(dtype);
+    const Buffers b = buffers(count);
+    add.rows = b.results, add.places = choice.places.data(), add.count = count;
+    const auto expert = [&](int64_t i) { return choice.chosen[choice.places[i]]; };
+    const auto same = [](int64_t) { return int64_t{0}; };
+    std::vector<const void*> inputs(up.perm ? count : 1, x.data), middles(count);
+    std::vector<RowProduct> ups(count), downs(count);
+    for (int64_t i = 0; i < count; i++) {
+      if (up.perm) {
+        gather(x.data, dtype, 0, 1, H, up.order_of(expert(i)), same, b.rows + i * row_bytes);
+        inputs[i] = b.rows + i * row_bytes;
+      }
+      middles[i] = b.ordered + i * width;
+      ups[i] = {up.perm ? i : 0, up.data_of(expert(i)), b.hidden + i * width};
+      downs[i] = {i, down.data_of(expert(i)), b.results + i * H};
+    }
+    run_rows({nullptr, dtype, H, H}, up.args, inputs, ups, up.g);
+    for (int64_t i = 0; i < count && down.perm; i++)
+      gather(b.hidden + i * width, DType::f32, 0, 1, width, down.order_of(expert(i)), same, b.ordered + i * width);
+    run_rows({nullptr, DType::f32, width, width}, down.args, middles, downs, down.g);
+    tier().experts.add_rows(add, 0, H);
+  }
+
+  void run(AddRowsArgs add, void* out) const {
+    static thread_local Scratch sums;
+    const int64_t size = x.M * up.K;
+    add.sums = (float*)sums.get(size * 4), add.H = up.K;
+    memset(add.sums, 0, size * 4);
+    if (x.M == 1 && add.k > 1)
+      one_token(add);
+    else
+      by_expert(add);
+    parallel_ranges(size, kGrain,
+                    [&](int64_t begin, int64_t end) { tier().experts.round(add.sums, out, dtype, begin, end); });
+  }
+};
 
 Tensor quant_experts(const Tensor& x, const Tensor& indices, const Tensor& scores, const Tensor& gate_up,
                      const Tensor& down, const OptionalTensor& perm, const OptionalTensor& down_perm,
@@ -156,8 +210,8 @@ Tensor quant_experts(const Tensor& x, const Tensor& indices, const Tensor& score
   if (!rows.M) return out;
   const Tensor chosen = dense(indices), weights = dense(scores);
   AddRowsArgs add{};
-  add.scores = weights.const_data_ptr(), add.dtype = score_dtype;
-  run_experts(rows, dtype, Choice(chosen, experts), indices.size(1), first, second, add, out.mutable_data_ptr());
+  add.scores = weights.const_data_ptr(), add.dtype = score_dtype, add.k = indices.size(1);
+  Layer{rows, dtype, Choice(chosen, experts), first, second}.run(add, out.mutable_data_ptr());
   return out;
 }
 

@@ -102,6 +102,15 @@ void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
       [&](const MultiplyArgs& mine, int64_t t0, int64_t t1) { grid.run(mine, t0, t1, scratch.get(scratch_bytes)); });
 }
 
+// Completes the arguments of a product from its geometry.
+Sizes settle(PrepareArgs& p, MultiplyArgs& a, const Geometry& g) {
+  p.group = g.group, p.padded_group = g.padded_group, p.compute = a.compute;
+  if (a.compute == Compute::bf16 && !tier().linear.bf16_products)
+    p.compute = a.compute = Compute::f32, p.round_to_bf16 = true;
+  const int64_t element = a.compute == Compute::int8 ? 1 : a.compute == Compute::bf16 ? 2 : 4;
+  return {g.tiles * kTileK * element, g.tiles * g.segments()};
+}
+
 }  // namespace
 
 Compute parse_compute(const std::string& text, const Format& format) {
@@ -122,11 +131,47 @@ PackedWeight packed_weight(const void* data, int64_t blocks, const Layout& l, co
 }
 
 void run_linear(PrepareArgs p, MultiplyArgs a, int64_t M, const Geometry& g) {
-  p.group = g.group, p.padded_group = g.padded_group, p.compute = a.compute;
-  if (a.compute == Compute::bf16 && !tier().linear.bf16_products)
-    p.compute = a.compute = Compute::f32, p.round_to_bf16 = true;
-  const int64_t element = a.compute == Compute::int8 ? 1 : a.compute == Compute::bf16 ? 2 : 4;
-  run(p, a, M, {g.tiles * kTileK * element, g.tiles * g.segments()});
+  const Sizes sizes = settle(p, a, g);
+  run(p, a, M, sizes);
+}
+
+void run_rows(PrepareArgs p, MultiplyArgs a, const std::vector<const void*>& inputs,
+              const std::vector<RowProduct>& products, const Geometry& g) {
+  const Sizes sizes = settle(p, a, g);
+  const LinearKernels& kernels = tier().linear;
+  static thread_local Scratch activations, scratch;
+  const int64_t row_bytes = (sizes.bytes(1) + 63) / 64 * 64, all = row_bytes * (int64_t)inputs.size();
+  const auto row = [&](void* base, int64_t i) { return place((uint8_t*)base + i * row_bytes, sizes, 1, 1); };
+  const auto prepare = [&](void* base, int64_t begin, int64_t end) {
+    PrepareArgs own = p;
+    for (int64_t i = begin; i < end; i++) {
+      own.x = inputs[i], own.out = row(base, i);
+      kernels.prepare(own, a.weight, 0, 1);
+    }
+  };
+  void* shared = nullptr;
+  if (all > kAloneBytes) {
+    shared = activations.get(all);
+    parallel_ranges((int64_t)inputs.size(), 1, [&](int64_t begin, int64_t end) { prepare(shared, begin, end); });
+  }
+  const auto prepared = [&] {
+    if (shared) return shared;
+    void* own = activations.get(all);
+    prepare(own, 0, (int64_t)inputs.size());
+    return own;
+  };
+  const int64_t blocks = a.weight.blocks;
+  parallel_pieces((int64_t)products.size() * blocks, 8, prepared, [&](void* base, int64_t task0, int64_t task1) {
+    MultiplyArgs one = a;
+    while (task0 < task1) {
+      const RowProduct& product = products[task0 / blocks];
+      const int64_t block0 = task0 % blocks, block1 = std::min(blocks, block0 + task1 - task0);
+      one.weight.data = (const uint8_t*)product.weight, one.out = product.out;
+      one.activations = row(base, product.input);
+      kernels.multiply(one, 0, 1, block0, block1, scratch.get(kernels.panel_bytes + 128));
+      task0 += block1 - block0;
+    }
+  });
 }
 
 namespace {

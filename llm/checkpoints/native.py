@@ -2,9 +2,9 @@
 
 A directory as `save_pretrained` writes it: config.json with ``quantization_config: {"quant_method": "llmrt", ...}`` and safetensors
 in which a quantized linear `name` has the canonical tensors ``name.qweight``, ``name.scales``, ``name.zeros`` (asymmetric only),
-``name.perm`` (act-order only) and ``name.bias``. The packed weights of a CPU or GPU are made at load. After ``import llmrt.llm``
-(transformers has no plugin mechanism: without it the weights would be skipped with a mere warning)
-``AutoModelForCausalLM.from_pretrained`` reads it.
+``name.perm`` (act-order only) and ``name.bias``; so has each linear of each expert (llm/experts.py). The packed weights of a CPU or
+GPU are made at load. After ``import llmrt.llm`` (transformers has no plugin mechanism: without it the weights would be skipped with a
+mere warning) ``AutoModelForCausalLM.from_pretrained`` reads it.
 """
 
 from __future__ import annotations

@@ -21,10 +21,12 @@ def packed(rows: int, in_features: int, layout: Layout, gated: bool) -> torch.Te
     return torch.stack(weights)
 
 
-def arguments(m: int, layout: Layout = LAYOUT, compute: str = "int8", activation: str = "silu") -> dict[str, Any]:
+def arguments(
+    m: int, layout: Layout = LAYOUT, compute: str = "int8", activation: str = "silu", hidden: int = H
+) -> dict[str, Any]:
     return {
-        "x": torch.randn(m, H), "indices": torch.rand(m, E).topk(2).indices, "scores": torch.rand(m, 2),
-        "gate_up": packed(WIDTH, H, layout, True), "down": packed(H, WIDTH, layout, False), "perm": None, "down_perm": None,
+        "x": torch.randn(m, hidden), "indices": torch.rand(m, E).topk(2).indices, "scores": torch.rand(m, 2),
+        "gate_up": packed(WIDTH, hidden, layout, True), "down": packed(hidden, WIDTH, layout, False), "perm": None, "down_perm": None,
         "layout": str(layout), "down_layout": str(layout), "width": WIDTH, "compute": compute, "down_compute": compute,
         "activation": activation,
     }  # fmt: skip
@@ -39,7 +41,7 @@ def by_linears(a: dict[str, Any]) -> torch.Tensor:
         epilogue = f"{a['activation']}_mul"
         hidden = ops.quant_linear(rows, a["gate_up"][e], None, None, a["layout"], WIDTH, a["compute"], epilogue)
         hidden = hidden if a["down_perm"] is None else hidden[:, a["down_perm"][e]]
-        out = ops.quant_linear(hidden, a["down"][e], None, None, a["down_layout"], H, a["down_compute"])
+        out = ops.quant_linear(hidden, a["down"][e], None, None, a["down_layout"], a["x"].shape[1], a["down_compute"])
         y.index_add_(0, token, a["scores"][token, place, None] * out)
     return y
 
@@ -111,3 +113,21 @@ def test_a_token_depends_on_its_experts_alone(isa: str) -> None:
 def test_bad_arguments_are_named(change: dict[str, Any], message: str, isa: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         ops.quant_experts(**{**arguments(2), **change})
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["in order", "ordered"])
+def test_the_experts_of_one_token_side_by_side(ordered: bool, isa: str) -> None:
+    """Its experts run side by side, here also more bytes of inputs than each thread prepares for itself."""
+    for hidden, compute, dtype in (
+        (96, "int8", torch.bfloat16),
+        (12000, "fp32", torch.float32),
+        (96, "bf16", torch.float32),
+    ):
+        given = arguments(1, compute=compute, hidden=hidden)
+        if ordered:
+            given.update(perm=torch.rand(E, hidden).argsort(-1).int(), down_perm=torch.rand(E, WIDTH).argsort(-1).int())
+        given["indices"] = torch.tensor([[2, 0, 2]])
+        given["scores"], given["x"] = torch.rand(1, 3), given["x"].to(dtype)
+        expected = by_linears({**given, "x": given["x"].float()})
+        tolerance = {"rtol": 2**-8, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(ops.quant_experts(**given).float(), expected, **tolerance)
