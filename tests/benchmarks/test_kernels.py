@@ -25,6 +25,7 @@ def threads():
         ("bench_norm.py", ["--rows=2", "--sizes=64"], 4),
         ("bench_dense.py", ["--rows=1,40", "--sizes=64x32"], 6),
         ("bench_gated.py", ["--rows=2", "--sizes=64"], 3),
+        ("bench_experts.py", ["--rows=1,5", "--sizes=64x32", "--experts=4", "--chosen=2"], 2),
         ("bench_rope.py", ["--tokens=3", "--heads=4x2x16"], 5),
     ],
 )
