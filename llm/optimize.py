@@ -42,7 +42,7 @@ def optimize(
     strict: bool = False,
     kv_dtype: str | torch.dtype | None = None,
 ) -> Any:
-    """Return the model with its linears, norms, rotations, feed-forward parts, attention and cache run by llmrt's operators.
+    """Return the model with its linears, experts, norms, rotations, feed-forward parts, attention and cache run by llmrt's operators.
 
     The result is of the same Hugging Face class: generate, pipelines, streamers, beam search, assisted generation and
     save_pretrained keep working. A model without a row in llm/families is matched by structure, each part confirmed by a numeric probe,
