@@ -124,12 +124,12 @@ def _optimized(
         if qconfig_summary_file is None and not _is_stored(model):
             prepared = model if inplace else share_copy(model)
             return observe(prepared, StaticPlanner(prepared, quantization_config).plan(), quantization_config)
-        planner = StaticPlanner(model, quantization_config, qconfig_summary_file)
+        planner = StaticPlanner(model, quantization_config, qconfig_summary_file, dtype)
     else:
         planner = Planner(model, quantization_config)
     stored = stored_dtype(kv_dtype, dtype or model.dtype)
     plan = planner.plan()
-    static = (planner.inputs, planner.saved_config()) if isinstance(planner, StaticPlanner) else None
+    static = (planner.inputs, planner.folds, planner.saved_config()) if isinstance(planner, StaticPlanner) else None
     del planner  # it holds the modules whose weights shall be freed one by one
     check_weights(model, plan)
     if stored is not None and not plan.cache:
@@ -152,14 +152,14 @@ def _optimized(
     result = model if inplace else share_copy(model)
     options = result, plan, dtype, not inplace, deployment_mode and reason is None, strict
     if static is not None:
-        StaticConverter(static[0], *options).run()
+        StaticConverter(*static[:2], *options).run()
     else:
         Converter(*options, calibrated).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
     choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
-        _mark_quantized(result, quantization_config if static is None else static[1], biased)
+        _mark_quantized(result, quantization_config if static is None else static[2], biased)
     return result
 
 

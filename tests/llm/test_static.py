@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CountOperators, error, padded_batch, tiny_model
+from models import MODELS, CountOperators, error, padded_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
 from llmrt import llm
@@ -44,25 +44,26 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(content))
 
 
-def simulated(name: str, fast: Any) -> Any:
-    """Return the plain model with linears that round their inputs and have the weights of the static ones, in plain torch."""
+def simulated(name: str, path: Path) -> Any:
+    """Return the plain model with every linear's input and weight rounded as a summary says, in plain torch."""
     plain = copy.deepcopy(tiny_model(name))
     plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.clone(), False)  # apart from a tied embedding
-    for path, module in fast.named_modules():
-        if isinstance(module, StaticLinear | StaticSibling):
-            codes = module.input_codes() if isinstance(module, StaticLinear) else module.group.input_codes()
-            linear = plain.get_submodule(path)
-            linear.weight.data = module.dequantized()
+    for layer in json.loads(path.read_text())["layers"]:
+        factors, scale, zero = torch.tensor(layer["factors"]), layer["input_scale"], layer["input_zero"]
+        linear = plain.get_submodule(layer["name"])
+        weight = linear.weight / factors
+        step = weight.abs().amax(1, keepdim=True) / 127
+        linear.weight.data = (weight / step).round() * step * factors
 
-            def rounded(_: Any, args: Any, codes: Any = codes) -> Any:
-                v = torch.round(args[0] * codes.factors / codes.scale).clamp(-codes.zero, 255 - codes.zero)
-                return (v * codes.scale / codes.factors,)
+        def rounded(_: Any, args: Any, factors: Any = factors, scale: float = scale, zero: int = zero) -> Any:
+            v = torch.round(args[0] * factors / scale).clamp(-zero, 255 - zero)
+            return (v * scale / factors,)
 
-            linear.register_forward_pre_hook(rounded)
+        linear.register_forward_pre_hook(rounded)
     return plain
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("name", MODELS)
 def test_flow(name: str, tmp_path: Path) -> None:
     model, batch = tiny_model(name), padded_batch()
     config = llm.StaticQuantConfig()
@@ -72,8 +73,8 @@ def test_flow(name: str, tmp_path: Path) -> None:
     fast = llm.optimize(model, quantization_config=config, qconfig_summary_file=tmp_path / "q.json", strict=True)
     with CountOperators() as count:
         logits = fast(**batch).logits
-    assert count["static_linear"] == {"llama": 9, "gpt_neox": 9, "gemma2": 9}[name] and count["quant_linear"] == 0
-    assert error(logits, simulated(name, fast)(**batch).logits, batch["attention_mask"]) < 0.02
+    assert count["static_linear"] == 2 * MODELS[name].linears + 1 and count["quant_linear"] == count["silu_mul"] == 0
+    assert error(logits, simulated(name, tmp_path / "q.json")(**batch).logits, batch["attention_mask"]) < 0.02
     assert 0 < error(logits, model(**batch).logits, batch["attention_mask"]) < 0.1
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     linears = [e for e in fast.optimization_report.replaced if e.kind in ("linear", "head")]
@@ -170,7 +171,7 @@ def test_state_dicts_of_static_models_load(tmp_path: Path) -> None:
 
 def test_siblings_share_a_weight_unless_their_inputs_are_rounded_differently(tmp_path: Path) -> None:
     fast = static(tiny_model("llama"), tmp_path)
-    assert len([m for m in fast.modules() if isinstance(m, StaticGroup)]) == 4
+    assert len([m for m in fast.modules() if isinstance(m, StaticGroup)]) == 2
     edit(tmp_path / "q.json", lambda c: next(e for e in c["layers"] if e["name"] == Q).update(input_zero=100))
     config = llm.StaticQuantConfig()
     apart = llm.optimize(tiny_model("llama"), quantization_config=config, qconfig_summary_file=tmp_path / "q.json")
