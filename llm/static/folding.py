@@ -32,7 +32,7 @@ class Folds:
         columns: by linear whose input comes multiplied: the factors [K], exactly as what comes before has them.
         rows: by linear that multiplies its own output: the factors [N].
         parameters: by full name, the norms' new parameters.
-        places: by linear of `columns`, the module that multiplies.
+        places: by linear of `columns`, the name in its layer of the module that multiplies.
     """
 
     columns: dict[str, Tensor] = field(default_factory=dict)
@@ -84,7 +84,7 @@ def find_folds(
                 known[key] = [(group.names, finder.find(layer, group)) for group in layer.groups]
             for group, target in known[key]:
                 if target is not None:
-                    _fold(model, folds, [prefix + n for n in group], prefix + target.name, target, inputs, dtype)
+                    _fold(model, folds, prefix, group, target, inputs, dtype)
             walk.skip(index)
     return folds
 
@@ -92,13 +92,14 @@ def find_folds(
 def _fold(
     model: Any,
     folds: Folds,
-    group: list[str],
-    place: str,
+    prefix: str,
+    names: list[str],
     target: Target,
     inputs: Mapping[str, InputCodes],
     dtype: torch.dtype | None,
 ) -> None:
-    """Enter what one group's factors become, unless its linears disagree or the place cannot take them."""
+    """Enter what the factors of linears with one input become, unless they disagree or the place cannot take them."""
+    place, group = prefix + target.name, [prefix + name for name in names]
     factors, module = inputs[group[0]].factors, model.get_submodule(place)
     per_channel = target.per_channel(factors)
     same = all(torch.equal(inputs[name].factors, factors) for name in group)
@@ -115,7 +116,7 @@ def _fold(
         parameters, factors = found
         folds.parameters.update({f"{place}.{name}": value for name, value in parameters.items()})
     for name in group:
-        folds.columns[name], folds.places[name] = factors, place
+        folds.columns[name], folds.places[name] = factors, target.name
 
 
 def _norm_parameters(

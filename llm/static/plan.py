@@ -86,7 +86,7 @@ class StaticPlanner(Planner):
             if (place := self.folds.places.get(name)) is None:
                 self.report.add(name, "smoothing", reason="its input is multiplied: no norm or linear before can do it")
                 continue
-            self.report.add(name, "smoothing", f"factors of {place}")
+            self.report.add(name, "smoothing", f"its factors went into {place}")
             codes = self.inputs[name]
             self.inputs[name] = codes._replace(factors=torch.ones_like(codes.factors))
 
