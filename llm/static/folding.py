@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms.folding import Finder, Target
-from ..algorithms.walk import Walk
+from ..algorithms.walk import Walk, layer_list
 from ..linear import Scheme
 from ..plan import Plan
 from .linear import InputCodes
@@ -70,6 +70,10 @@ def find_folds(
         Exception: anything that the model's own code raises for a few random tokens.
     """
     folds, finder = Folds(), Finder(plan)
+    try:
+        layer_list(model, schemes)
+    except ValueError:  # nothing but a head
+        return folds
     size = model.get_input_embeddings().num_embeddings
     tokens = torch.randint(size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

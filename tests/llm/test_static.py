@@ -32,10 +32,10 @@ def calibrated(model: Any, config: Any, path: Path, seen: list[dict[str, torch.T
     return prepared
 
 
-def static(model: Any, path: Path, seen: Any = None, **options: Any) -> Any:
+def static(model: Any, path: Path, seen: Any = None, strict: bool = True, **options: Any) -> Any:
     config = llm.StaticQuantConfig(**options)
     calibrated(model, config, path / "q.json", seen)
-    return llm.optimize(model, quantization_config=config, qconfig_summary_file=path / "q.json", strict=True)
+    return llm.optimize(model, quantization_config=config, qconfig_summary_file=path / "q.json", strict=strict)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
