@@ -42,6 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
         *((("asym", "fp16", 20),) if row.integer else ()),
     )
 }
+WEIGHT_ONLY = ("QuantLinear", "LinearGroup", "QuantGatedMLP")
 STATIC = "static int8"
 ORDERED = "int4 act-order"
 BATCH = padded_batch(2, 7)
@@ -138,6 +139,9 @@ def comes_back(model: Any, directory: Path) -> Any:
 
 @pytest.mark.parametrize("kind", [*KINDS, STATIC, ORDERED])
 def test_saved_in_shards_and_loaded_bit_equal(kind: str, make: Callable[..., Any], tmp_path: Path) -> None:
+    classes = {name for name, form, ordered in parts(make(kind)) if ordered == (kind == ORDERED)}
+    wanted = {"StaticLinear", "StaticGroup", "StaticGatedMLP"} if kind == STATIC else {*WEIGHT_ONLY}
+    assert classes == wanted, "each class is in the model that is saved, compiled, captured and exported"
     loaded = comes_back(make(kind), tmp_path / "first")
     comes_back(loaded, tmp_path / "second")
 
@@ -234,7 +238,7 @@ def test_foreign_checkpoints_become_the_same_modules(source: str, tmp_path: Path
     model = load(tmp_path / "source")
     found = parts(model)
     assert {form for _, form, _ in found} <= formats <= {*KINDS}
-    assert {name for name, _, _ in found} <= {"QuantLinear", "LinearGroup", "QuantGatedMLP"}
+    assert {name for name, _, _ in found} <= {*WEIGHT_ONLY}
     assert any(ordered for *_, ordered in found) == (source in ("gptq act-order", "compressed-tensors"))
     quantized = {
         *filter(lambda m: isinstance(m, QuantLinear | LinearGroup | QuantGatedMLP | SiblingLinear), model.modules())
