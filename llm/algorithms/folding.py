@@ -209,6 +209,9 @@ def fold(module: Any, target: Target, scale: Tensor, parameters: Callable[[str, 
     offset = target.offset or 0.0
     old: Any = module.weight
     new = parameters("weight", old, (old + offset) / factors - offset)
+    lost = (new + offset == 0) & (old + offset != 0)
+    if bool(lost.any()):  # a channel that rounding would switch off stays as it is
+        new = parameters("weight", old, torch.where(lost, old, new))
     exact = torch.where(new + offset == 0, factors, (old + offset) / (new + offset))
     old.data = new
     if getattr(module, "bias", None) is not None:

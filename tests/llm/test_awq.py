@@ -97,9 +97,12 @@ def test_the_folded_scale_is_that_of_the_norm_as_stored(offset: float | None) ->
     norm = nn.LayerNorm(64) if offset is None else nn.RMSNorm(64)
     for parameter in norm.parameters():
         parameter.requires_grad_(False).copy_(torch.randn(64))
+    norm.weight[5] = 2**-8 - (offset or 0.0)  # the smallest step next to -1 in bfloat16: half of it is nothing
     before = copy.deepcopy(norm)
     target = Target("norm", torch.arange(64), torch.arange(64), offset)
-    scale = fold(norm, target, 0.5 + torch.rand(64), lambda part, old, new: new.bfloat16().float())
+    wanted = 0.5 + torch.rand(64)
+    wanted[5] = 3.0
+    scale = fold(norm, target, wanted, lambda part, old, new: new.bfloat16().float())
     assert torch.equal(norm.weight, norm.weight.bfloat16().float())
     shift = offset or 0.0
     assert torch.allclose((norm.weight + shift) * scale, before.weight + shift, rtol=1e-6)
