@@ -56,7 +56,7 @@ def optimize(
         dtype: float32, bfloat16 or float16 for everything that stays floating point; None: as it is.
         inplace: False returns a copy that shares the floating-point weights that stay; the given model stays usable and unchanged.
             True changes the given model and frees every float weight as soon as it is quantized: the peak is the model plus one
-            weight (plus the quantized weights and one layer if the method calibrates, which changes nothing before it is done).
+            weight (plus the quantized weights and one layer if the method calibrates or smooths, which changes nothing before it is done).
             Should memory run out in the middle of that, the model is marked unusable and an error says so.
         device: "cpu" or "xpu".
         quantization_config: a `WeightOnlyQuantConfig`, a `StaticQuantConfig`, or None for floating point. Weights that stay
