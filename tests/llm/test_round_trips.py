@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import Q4_0, Q8_0
+from gptq_directories import fields
 from models import padded_batch, tiny_model
 from test_reader_directories import write_directory
 from test_reader_models import CASES, save
@@ -212,6 +213,22 @@ def state_dict(_: Path) -> Any:
     return llm.optimize(tiny_model("llama"), low_precision_checkpoint=(state, GPTQ), deployment_mode=False)
 
 
+def mapped_state_dict(_: Path) -> Any:
+    state = {}
+    for name, module in tiny_model("llama").named_modules():
+        if name.endswith("_proj"):
+            n, k = module.weight.shape
+            codes, zeros = torch.randint(16, (n, k)), torch.randint(16, (n, k // 16))
+            parts = {
+                "packed_weight": fields(codes, 1),
+                "scale": torch.rand(n, k // 16) / k**0.5,
+                "packed_zp": zeros.int(),
+            }
+            state.update({f"{name}.{key}": value for key, value in parts.items()})
+    keys = {"weight_key": "packed_weight", "scale_key": "scale", "zero_point_key": "packed_zp"}
+    return llm.optimize(tiny_model("llama"), low_precision_checkpoint=(state, keys), deployment_mode=False)
+
+
 FOREIGN: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     "gptq": (directory_of("gptq v1"), {"int4 asym"}),
     "gptq, zeros of 16": (directory_of("gptq v1, zeros to 16"), {"int4 asym", "int8 asym"}),
@@ -227,6 +244,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     "gguf q4_0": (gguf_file(Q4_0), {"int4 sym"}),
     "gguf q8_0": (gguf_file(Q8_0), {"int8 sym"}),
     "state dict": (state_dict, {"int4 asym"}),
+    "state dict with a map of keys": (mapped_state_dict, {"int4 asym"}),
 }
 
 
