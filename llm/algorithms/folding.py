@@ -69,7 +69,20 @@ class Finder:
         key = (type(self._original(layer)), tuple(layer.schemes), tuple(group.names))
         if key not in self._known:
             self._known[key] = self._search(layer, group) if set(group.names) <= set(layer.schemes) else None
-        return self._known[key]
+        target = self._known[key]
+        return target if target is not None and self.applies(target, layer.full(""), layer.schemes) else None
+
+    def applies(self, target: Target, prefix: str, linears: Container[str]) -> bool:
+        """Return whether a target of one layer may be one in another of its class.
+
+        Args:
+            target: of a layer with the same linears to be quantized.
+            prefix: of the names in the other layer.
+            linears: of the layer that are to be quantized.
+        """
+        if target.offset is None and target.name in linears:
+            return True
+        return prefix + target.name in self.norms and self.norms[prefix + target.name] == target.offset
 
     @staticmethod
     def _original(layer: Layer) -> nn.Module:

@@ -87,7 +87,7 @@ def find_folds(
                 layer = walk.layer(index)
                 known[key] = [(group.names, finder.find(layer, group)) for group in layer.groups]
             for group, target in known[key]:
-                if target is not None:
+                if target is not None and finder.applies(target, prefix, names):
                     _fold(model, folds, prefix, group, target, inputs, dtype)
             walk.skip(index)
     return folds

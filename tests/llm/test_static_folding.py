@@ -1,5 +1,6 @@
 """Static INT8: where the smoothing factors go, and that nothing else changes."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,17 @@ def test_linears_that_disagree_leave_the_norm_alone(tmp_path: Path) -> None:
     assert not torch.equal(first.input_layernorm.weight, model.model.layers[0].input_layernorm.weight)
     assert isinstance(second.mlp, StaticGatedMLP) and second.mlp.factors is None
     assert error(fast(**batch).logits, simulated("llama", tmp_path / "q.json")(**batch).logits) < 0.02
+
+
+def test_a_norm_with_a_hook_stays_as_it_is(tmp_path: Path) -> None:
+    """Found in the first layer, it is not taken for granted in the second."""
+    model, seen = copy.deepcopy(tiny_model("llama")), []
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    fast, batch = static(model, tmp_path, strict=False), padded_batch()
+    assert fast.model.layers[0].mlp.factors is None and fast.model.layers[1].mlp.factors is not None
+    assert torch.equal(fast.model.layers[1].post_attention_layernorm.weight, norm.weight)
+    assert error(fast(**batch).logits, model(**batch).logits, batch["attention_mask"]) < 0.1
 
 
 def test_a_trial_that_fails_leaves_the_factors_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
