@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "layout.h"
+#include "linear_run.h"
 #include "scratch.h"
 
 namespace llmrt {
@@ -20,15 +20,6 @@ constexpr int64_t kAloneBytes =
 
 constexpr const char* kEpilogues[] = {"none", "relu", "silu",     "gelu",     "gelu_tanh",
                                       "add",  "mul",  "silu_mul", "gelu_mul", "gelu_tanh_mul"};
-
-Compute parse_compute(const std::string& text, const Format& format) {
-  STD_TORCH_CHECK(text != "int8" || !is_float8(format.coding), "compute is 'int8' for ", format.name,
-                  "; valid: bf16, fp16, fp32");
-  if (text == "int8") return Compute::int8;
-  if (text == "bf16") return Compute::bf16;
-  STD_TORCH_CHECK(text == "fp32" || text == "fp16", "compute is '", text, "'; valid: int8, bf16, fp16, fp32");
-  return Compute::f32;
-}
 
 float round_to_bf16(float x) {
   uint32_t bits;
@@ -111,6 +102,80 @@ void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
       [&](const MultiplyArgs& mine, int64_t t0, int64_t t1) { grid.run(mine, t0, t1, scratch.get(scratch_bytes)); });
 }
 
+// Completes the arguments of a product from its geometry.
+Sizes settle(PrepareArgs& p, MultiplyArgs& a, const Geometry& g) {
+  p.group = g.group, p.padded_group = g.padded_group, p.compute = a.compute;
+  if (a.compute == Compute::bf16 && !tier().linear.bf16_products)
+    p.compute = a.compute = Compute::f32, p.round_to_bf16 = true;
+  const int64_t element = a.compute == Compute::int8 ? 1 : a.compute == Compute::bf16 ? 2 : 4;
+  return {g.tiles * kTileK * element, g.tiles * g.segments()};
+}
+
+}  // namespace
+
+Compute parse_compute(const std::string& text, const Format& format) {
+  STD_TORCH_CHECK(text != "int8" || !is_float8(format.coding), "compute is 'int8' for ", format.name,
+                  "; valid: bf16, fp16, fp32");
+  if (text == "int8") return Compute::int8;
+  if (text == "bf16") return Compute::bf16;
+  STD_TORCH_CHECK(text == "fp32" || text == "fp16", "compute is '", text, "'; valid: int8, bf16, fp16, fp32");
+  return Compute::f32;
+}
+
+PackedWeight packed_weight(const void* data, int64_t blocks, const Layout& l, const Geometry& g, Compute compute) {
+  PackedWeight w{};
+  w.data = (const uint8_t*)data, w.blocks = blocks, w.segment = g.segment, w.tiles = g.tiles;
+  w.tile_bytes = g.tile_bytes, w.code_bytes = g.code_bytes, w.scale_bytes = g.scale_bytes;
+  set_values(w, l, compute);
+  return w;
+}
+
+void run_linear(PrepareArgs p, MultiplyArgs a, int64_t M, const Geometry& g) {
+  const Sizes sizes = settle(p, a, g);
+  run(p, a, M, sizes);
+}
+
+void run_rows(PrepareArgs p, MultiplyArgs a, const std::vector<const void*>& inputs,
+              const std::vector<RowProduct>& products, const Geometry& g) {
+  const Sizes sizes = settle(p, a, g);
+  const LinearKernels& kernels = tier().linear;
+  static thread_local Scratch activations, scratch;
+  const int64_t row_bytes = (sizes.bytes(1) + 63) / 64 * 64, all = row_bytes * (int64_t)inputs.size();
+  const auto row = [&](void* base, int64_t i) { return place((uint8_t*)base + i * row_bytes, sizes, 1, 1); };
+  const auto prepare = [&](void* base, int64_t begin, int64_t end) {
+    PrepareArgs own = p;
+    for (int64_t i = begin; i < end; i++) {
+      own.x = inputs[i], own.out = row(base, i);
+      kernels.prepare(own, a.weight, 0, 1);
+    }
+  };
+  void* shared = nullptr;
+  if (all > kAloneBytes) {
+    shared = activations.get(all);
+    parallel_ranges((int64_t)inputs.size(), 1, [&](int64_t begin, int64_t end) { prepare(shared, begin, end); });
+  }
+  const auto prepared = [&] {
+    if (shared) return shared;
+    void* own = activations.get(all);
+    prepare(own, 0, (int64_t)inputs.size());
+    return own;
+  };
+  const int64_t blocks = a.weight.blocks;
+  parallel_pieces((int64_t)products.size() * blocks, 8, prepared, [&](void* base, int64_t task0, int64_t task1) {
+    MultiplyArgs one = a;
+    while (task0 < task1) {
+      const RowProduct& product = products[task0 / blocks];
+      const int64_t block0 = task0 % blocks, block1 = std::min(blocks, block0 + task1 - task0);
+      one.weight.data = (const uint8_t*)product.weight, one.out = product.out;
+      one.activations = row(base, product.input);
+      kernels.multiply(one, 0, 1, block0, block1, scratch.get(kernels.panel_bytes + 128));
+      task0 += block1 - block0;
+    }
+  });
+}
+
+namespace {
+
 Tensor quant_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& other,
                     const std::string& layout, int64_t out_features, const std::string& compute,
                     const std::string& epilogue) {
@@ -127,10 +192,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   check_dtype(weight, ScalarType::Byte, "weight");
   check_shape(weight, {(a.N + kTileN - 1) / kTileN, g.tiles, g.tile_bytes}, "weight");
   const Tensor w = dense(weight);
-  a.weight.data = (const uint8_t*)w.const_data_ptr(), a.weight.blocks = w.size(0), a.weight.segment = g.segment;
-  a.weight.tiles = g.tiles, a.weight.tile_bytes = g.tile_bytes;
-  a.weight.code_bytes = g.code_bytes, a.weight.scale_bytes = g.scale_bytes;
-  set_values(a.weight, l, a.compute);
+  a.weight = packed_weight(w.const_data_ptr(), w.size(0), l, g, a.compute);
   OptionalTensor b, o;
   if (bias) {
     a.bias_dtype = float_dtype(*bias, "bias");
@@ -148,11 +210,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   }
   if (!rows.M || !out_features) return out;
   a.out = out.mutable_data_ptr();
-  PrepareArgs p{rows.data, a.dtype, rows.stride, rows.K, g.group, g.padded_group, a.compute, false, {}};
-  if (a.compute == Compute::bf16 && !tier().linear.bf16_products)
-    p.compute = a.compute = Compute::f32, p.round_to_bf16 = true;
-  const int64_t element = a.compute == Compute::int8 ? 1 : a.compute == Compute::bf16 ? 2 : 4;
-  run(p, a, rows.M, {g.tiles * kTileK * element, g.tiles * g.segments()});
+  run_linear({rows.data, a.dtype, rows.stride, rows.K}, a, rows.M, g);
   return out;
 }
 

@@ -3,6 +3,7 @@
 #include "argmax.h"
 #include "attention.h"
 #include "dense.h"
+#include "experts.h"
 #include "gated.h"
 #include "linear.h"
 #include "norm.h"
@@ -25,6 +26,7 @@ struct Tier {
   ArgmaxKernels argmax;
   QuantizeKernels quantize;
   StaticLinearKernels static_linear;
+  ExpertKernels experts;
 };
 
 extern const Tier tier_avx2, tier_avx_vnni, tier_avx512_vnni, tier_avx512_bf16, tier_amx;

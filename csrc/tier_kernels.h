@@ -3,6 +3,7 @@
 #include "argmax_kernels.h"
 #include "attention_kernels.h"
 #include "dense_kernels.h"
+#include "experts_kernels.h"
 #include "gated_kernels.h"
 #include "linear_kernels.h"
 #include "norm_kernels.h"
@@ -17,8 +18,9 @@ namespace {
 
 constexpr Tier tier_of(const char* name, const LinearKernels& linear,
                        const StaticLinearKernels& static_linear = static_linear_kernels) {
-  return {name,         linear,         dense_kernels,    norm_kernels, rope_kernels, gated_kernels, attention_kernels,
-          peak_kernels, argmax_kernels, quantize_kernels, static_linear};
+  return {name,           linear,           dense_kernels,     norm_kernels,
+          rope_kernels,   gated_kernels,    attention_kernels, peak_kernels,
+          argmax_kernels, quantize_kernels, static_linear,     expert_kernels};
 }
 
 }  // namespace

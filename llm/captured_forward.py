@@ -159,7 +159,8 @@ class CapturedForward:
         if any(node.target is torch.ops.aten.new_empty.default for node in graph.nodes):
             raise CaptureError("the model reads cached keys or values outside of the attention interface")
         self.nodes = sum(node.op == "call_function" for node in graph.nodes)
-        self.quantized = bool(graph.find_nodes(op="call_function", target=ops.quant_linear.overload))
+        products = ops.quant_linear.overload, ops.quant_experts.overload
+        self.quantized = any(graph.find_nodes(op="call_function", target=target) for target in products)
         self.fits: Callable[..., bool] = self.captured.condition(SIZES)
         self.run = compile_graph(self.captured.module)
 

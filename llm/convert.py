@@ -13,6 +13,7 @@ from .algorithms import Calibrated
 from .cache_setup import CacheSetup
 from .dense import DenseLinear
 from .deployment import Deployment
+from .experts import QuantExperts
 from .greedy import Generate
 from .huge_pages import converted, move_to_huge_pages
 from .linear import LinearGroup, QuantLinear, SiblingLinear
@@ -22,6 +23,9 @@ from .norm import convert_norm
 from .plan import Plan, Step, settle_attention, weights_of
 from .positions import with_limit
 from .rope import with_rotation
+
+#: Matrices up to this size are aligned: routers, and heads of small models.
+ALIGNED_BYTES = 4 << 20
 
 
 class Converter:
@@ -70,6 +74,7 @@ class Converter:
             self._quantize([s for s in self.plan.steps if s.schemes])
             self._untie()
             self._dtype()
+            self._align()
             move_to_huge_pages(m.weight for m in self.model.modules() if isinstance(m, DenseLinear))
             self._attention()
             self._deployment()
@@ -129,7 +134,7 @@ class Converter:
 
     @staticmethod
     def _quantizes(module: nn.Module) -> bool:
-        return isinstance(module, QuantLinear | SiblingLinear | QuantGatedMLP)
+        return isinstance(module, QuantLinear | SiblingLinear | QuantGatedMLP | QuantExperts)
 
     def _norm(self, step: Step) -> None:
         name = step.names[0]
@@ -156,6 +161,10 @@ class Converter:
         down = QuantLinear.from_linear(linears[names[-1].rpartition(".")[2]], step.schemes[-1])
         new = QuantGatedMLP.from_linears(linears, step.activation, step.schemes[0], down)
         self._set(owner, new)
+
+    def _experts(self, step: Step) -> None:
+        name = step.names[0]
+        self._set(name, QuantExperts.from_experts(self.model.get_submodule(name), step.schemes, step.activation))
 
     def _fold(self, step: Step) -> None:
         _, linear, activation = step.names
@@ -215,6 +224,22 @@ class Converter:
         if tied:
             self.model.all_tied_weights_keys = {}
             self.undo.append(lambda: setattr(self.model, "all_tied_weights_keys", tied))
+
+    def _align(self) -> None:
+        """Move small matrices that start anywhere in a mapped file to a multiple of 64 bytes.
+
+        torch's products of few rows give other bits elsewhere, and routers decide by small differences: a saved model must choose the
+        same experts when it is loaded.
+        """
+        done: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for name, old in module._parameters.items():
+                if old is None or old.dim() != 2 or old.nbytes > ALIGNED_BYTES or old.data_ptr() % 64 == 0:
+                    continue
+                if id(old) not in done:
+                    done[id(old)] = nn.Parameter(old.detach().clone(), old.requires_grad)
+                module._parameters[name] = done[id(old)]
+                self.undo.append(lambda held=module._parameters, name=name, old=old: held.__setitem__(name, old))  # type: ignore[misc]
 
     def _dtype(self) -> None:
         """Convert parameters; buffers, which a model derives from its configuration (RoPE frequencies), stay as they are."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -23,6 +23,7 @@ from transformers import (
 
 from .. import _C, ops
 from . import doctor
+from .experts import QuantExperts, is_experts, sizes_of
 from .timing import StepClock
 
 
@@ -74,7 +75,8 @@ class Work:
     """What a model's tokens cost, whatever kernels run it.
 
     Args:
-        weight_bytes: read for one decode step: every parameter but the embedding table (of which one row is read).
+        weight_bytes: read for one decode step of one sequence: every parameter but the embedding table (of which one row is read)
+            and the experts that a token does not choose.
         layer_macs: multiply-accumulates of all linears but the head, per token.
         head_macs: of the head, per sequence and step.
         kv_bytes: of one token in one full-attention layer's cache, key and value.
@@ -106,12 +108,21 @@ class Work:
 
 def count_work(model: PreTrainedModel, dtype: torch.dtype) -> Work:
     """Return what one token of a (float or optimized) model costs; `dtype` is that of the cache."""
-    tensors: dict[int, Tensor] = {}
+    found: dict[int, int] = {}
     for module in model.modules():
         if not isinstance(module, nn.Embedding):
+            chosen, count = _chosen(module, model.config)
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                tensors[tensor.data_ptr()] = tensor
-    return count_shape(model.config, dtype, sum(t.numel() * t.element_size() for t in tensors.values()))
+                found[tensor.data_ptr()] = tensor.nbytes * chosen // count
+    return count_shape(model.config, dtype, sum(found.values()))
+
+
+def _chosen(module: nn.Module, config: PretrainedConfig) -> tuple[int, int]:
+    """Return how many of a module's experts a token goes to, and how many there are; (1, 1) for other modules."""
+    count = module.sizes.experts if isinstance(module, QuantExperts) else 0
+    count = sizes_of(module).experts if is_experts(module) else count
+    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    return (chosen, count) if count and isinstance(chosen, int) and chosen <= count else (1, 1)
 
 
 def count_shape(config: PretrainedConfig, dtype: torch.dtype, weight_bytes: int) -> Work:
@@ -143,7 +154,11 @@ def count_macs(config: PretrainedConfig) -> tuple[int, int]:
     head = model.get_output_embeddings()
     head_macs = head.weight.numel() if head is not None else 0
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    return sum(m.weight.numel() for m in linears), head_macs
+    macs = sum(m.weight.numel() for m in linears)
+    for module in filter(is_experts, model.modules()):
+        chosen, count = _chosen(module, config)
+        macs += sum(p.numel() for p in module.parameters(recurse=False)) * chosen // count
+    return macs, head_macs
 
 
 def _windows(text: PretrainedConfig) -> tuple[int, ...]:

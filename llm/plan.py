@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from . import probe, trial
 from .cache_setup import CacheSetup
+from .expert_plan import expert_names, expert_schemes, kept_experts, other_experts, routers, unlike_experts
+from .experts import StoredExperts, is_experts, sizes_of
 from .families import FAMILIES, Family, Gated, GatedFused, Plain, find_family
 from .linear import CanonicalLinear, Scheme, perm_of, same_perm
 from .memory import FilePages, tensors_of
@@ -28,13 +30,13 @@ class Step:
     """One replacement.
 
     Args:
-        kind: norm, rope, positions, gated, fold, group, linear, dense: what llm/convert.py does.
+        kind: norm, rope, positions, experts, gated, fold, group, linear, dense: what llm/convert.py does.
         names: full names of the modules; for gated and fold the owner comes first.
         offset: of an RMS norm; None for a layer norm.
         function: global name of the rotation.
         style: of the rotation.
         activation: of an MLP.
-        schemes: of the linears, one per linear; empty when they stay floating point.
+        schemes: of the linears, one per linear (of experts: gate and up, down); empty when they stay floating point.
     """
 
     kind: str
@@ -92,6 +94,7 @@ class Planner:
         self.probed: dict[Any, Any] = {}
         self.taken: set[str] = set()  # linears that an MLP or group uses
         self.read: set[str] = set()  # linears whose weight the model reads itself
+        self.routers = routers(self.modules)
 
     def plan(self) -> Plan:
         """Return the plan."""
@@ -99,6 +102,7 @@ class Planner:
         self._norms()
         self._rotations()
         self._positions()
+        self._experts()
         self._mlps()
         if self.quantization is not None:
             self._siblings()
@@ -220,6 +224,33 @@ class Planner:
             if all(is_linear(module._modules.get(a)) for a in attributes):
                 yield name, module
 
+    def _experts(self) -> None:
+        """Plan the experts of mixture-of-experts layers: one module with one weight for all of them."""
+        for name, module in self.modules.items():
+            if not isinstance(module, StoredExperts) and not is_experts(module):
+                if self.quantization is not None and (reason := other_experts(module)) is not None:
+                    self.report.add(name, "experts", reason=reason, expected=False)
+                continue
+            stored = module if isinstance(module, StoredExperts) else None
+            if stored is not None:  # its linears are no layers of their own
+                self.taken.update(f"{name}.{part}" for part, _ in module.named_modules())
+            kept = kept_experts(self.quantization, name, module)
+            activation = self._activation(module, "act_fn") if stored is None else stored.activation
+            checked = stored is not None or kept is not None
+            misfit = None if checked else unlike_experts(module, activation, self._probe_experts)
+            if kept is not None or misfit is not None:
+                self.report.add(name, "experts", reason=kept or misfit, expected=misfit is None)
+                continue
+            assert self.quantization is not None
+            schemes = expert_schemes(self.quantization, name, module)
+            layouts = ", ".join(dict.fromkeys(str(s.layout) for s in schemes))
+            step = Step("experts", (name,), activation=activation or "", schemes=schemes)
+            self._add(step, module, "experts", f"ops.quant_experts {layouts}")
+
+    def _probe_experts(self, module: nn.Module, activation: str) -> bool:
+        key = ("experts", type(module), activation, *sizes_of(module))
+        return bool(self._once(key, partial(probe.probe_experts, module, activation)))
+
     def _mlps(self) -> None:
         for kind in dict.fromkeys(row.mlp for row in self.rows):
             if isinstance(kind, Plain):
@@ -315,6 +346,8 @@ class Planner:
         config, module = self.quantization, self.modules[name]
         if config is None or name in self.read or config.excluded_by(name) is not None:
             return None
+        if name in self.routers and name not in (config.layouts or {}):
+            return None
         if isinstance(module, CanonicalLinear):
             return Scheme(module.layout, config.compute_for(module.layout))
         layout = config.layout_of(name, module is self.model.get_output_embeddings())
@@ -368,7 +401,8 @@ class Planner:
             elif name in self.read:
                 self.report.add(name, kind, reason="the model reads its weight directly", expected=False)
             elif scheme is None:
-                self._dense(name, module, kind, "lm_head=False")
+                reason = "it chooses or weighs experts" if name in self.routers else "lm_head=False"
+                self._dense(name, module, kind, reason)
             else:
                 by = f"QuantLinear {scheme.layout}"
                 if kind == "head" and self._tied(module):
@@ -399,6 +433,9 @@ class Planner:
     def _unmatched_names(self) -> None:
         assert self.quantization is not None
         names = [n for n, m in self.modules.items() if isinstance(m, nn.Linear | CanonicalLinear)]
+        for name, module in self.modules.items():
+            if is_experts(module):
+                names += [name, *expert_names(name, module)]
         for name in self.quantization.layouts or ():
             if name not in names:
                 raise ValueError(f"layouts has {name!r}, which is no linear of the model")
@@ -426,7 +463,8 @@ def settle_attention(plan: Plan, model: Any, reason: str | None) -> None:
 def weights_of(model: nn.Module, step: Step) -> list[Tensor]:
     """Return the tensors of the linears of a step."""
     modules = [model.get_submodule(name) for name in step.names]
-    return [t for module in modules if is_linear(module) for t in tensors_of(module)]
+    taken = (m for m in modules if is_linear(m) or is_experts(m) or isinstance(m, StoredExperts))
+    return [t for module in taken for t in tensors_of(module)]
 
 
 def check_weights(model: nn.Module, plan: Plan) -> None:
@@ -442,17 +480,23 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
 
 
 def _check_weight(name: str, module: nn.Module) -> None:
-    if isinstance(module, CanonicalLinear):
+    if isinstance(module, StoredExperts):
+        for part, linear in module.named_modules():
+            _check_weight(f"{name}.{part}", linear) if isinstance(linear, CanonicalLinear) else None
+    elif isinstance(module, CanonicalLinear):
         try:
             part = module.canonical()
         except RuntimeError as error:
             raise ValueError(f"{name}: {error}") from None
         if not bool(torch.isfinite(part.scales).all()):
             raise ValueError(f"{name}.scales has NaN or infinite values")
-    elif isinstance(module, nn.Linear) and module.weight.numel():
-        extremes = torch.aminmax(module.weight.detach())  # a NaN makes both NaN
-        if not all(bool(torch.isfinite(t)) for t in extremes):
-            raise ValueError(f"{name}.weight has NaN or infinite values; it cannot be quantized")
+    elif isinstance(module, nn.Linear) or is_experts(module):
+        for key, weight in module.named_parameters(recurse=False):
+            if key == "bias" or not weight.numel():
+                continue
+            extremes = torch.aminmax(weight.detach())  # a NaN makes both NaN
+            if not all(bool(torch.isfinite(t)) for t in extremes):
+                raise ValueError(f"{name}.{key} has NaN or infinite values; it cannot be quantized")
 
 
 def _join(owner: str, attribute: str) -> str:

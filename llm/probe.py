@@ -6,7 +6,8 @@ and compares with the formula that would replace it. What does not agree is not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,18 @@ def _attempt(function: Callable[[], Any]) -> Any:
             return function()
         except Exception:  # a foreign forward may raise anything
             return None
+
+
+@contextmanager
+def usual_tensors() -> Iterator[None]:
+    """Make tensors on the CPU in float32, also where transformers builds a model of another dtype on the meta device."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def probe_rms_norm(module: nn.Module, offset: float) -> bool:
@@ -99,6 +112,33 @@ def probe_gated(module: nn.Module, names: tuple[str, ...], activation: str) -> b
         gate, up = (new[n](x) for n in names[:2]) if len(names) == 3 else new[names[0]](x).chunk(2, -1)
         expected = new[names[-1]](ACTIVATIONS[activation](gate) * up)
         return _agree(_clone(module, dict(new))(x), expected)
+
+    return bool(_attempt(run))
+
+
+def probe_experts(module: nn.Module, activation: str) -> bool:
+    """Return whether the module is, for tokens x, indices and weights of experts, sum_j weight_j * down_j(act(gate_j(x)) * up_j(x)).
+
+    Args:
+        module: with gate_up_proj [E, 2 I, H] and down_proj [E, H, I], also on the meta device.
+        activation: in `ACTIVATIONS`.
+    """
+
+    def run() -> bool:
+        count = module._parameters["gate_up_proj"].shape[0]  # type: ignore[union-attr]
+        gate_up, down = torch.randn(count, 64, 16), torch.randn(count, 16, 32)
+        clone = _clone(module, {})
+        new = {"gate_up_proj": nn.Parameter(gate_up, False), "down_proj": nn.Parameter(down, False)}
+        clone.__dict__["_parameters"] = {**module._parameters, **new}
+        x, weights = torch.randn(5, 16), torch.rand(5, min(2, count))
+        indices = torch.rand(5, count).topk(weights.shape[1]).indices
+        expected = torch.zeros(5, 16)
+        for j in range(weights.shape[1]):
+            both, last = gate_up[indices[:, j]], down[indices[:, j]]
+            gate, up = torch.einsum("mrh,mh->mr", both, x).chunk(2, -1)
+            part = torch.einsum("mhi,mi->mh", last, ACTIVATIONS[activation](gate) * up)
+            expected += weights[:, j, None] * part
+        return _agree(clone(x, indices, weights), expected)
 
     return bool(_attempt(run))
 

@@ -54,7 +54,7 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
             share a scale, and inputs are permuted before the product.
         damping: GPTQ adds this share of the mean to the diagonal of the inputs' second moments; raised when it is too small.
         modules_to_not_convert: names, parts of names ("q_proj", "layers.0") or patterns ("*.mlp.*") of linears that stay as they
-            are.
+            are. Experts of a layer stay together: "experts" keeps them all.
         lm_head: the output head. True or "int8" (default): INT8, one scale per row, symmetric. The head's logits decide
             the token and it is read in whole for each one: 8 bits are lossless in practice
             and halve the 525 MB that a bfloat16 head of 128k x 2048 reads per token. "int4": as the other linears. False:

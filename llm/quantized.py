@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..ops.formats import SCALE_DTYPES, Layout
 from .cache import KV_DTYPE
+from .experts import QuantExperts, is_experts
 from .linear import CanonicalLinear, LinearGroup, QuantLinear, SiblingLinear
 from .mlp import QuantGatedMLP
 from .quantization import WeightOnlyQuantConfig
@@ -49,12 +50,25 @@ def quantized_linears(model: nn.Module) -> Iterator[QuantizedLinear]:
             for part, bias in zip(module.names[:-1], module.biases(), strict=True):
                 full = f"{name}.{part}" if name else part
                 yield QuantizedLinear(full, module.layout, module.perm, bias, _part_of(module, part))
+        elif isinstance(module, QuantExperts):
+            for part, perm in module.perms():
+                layout = module.scheme_of(part).layout
+                yield QuantizedLinear(f"{name}.{part}", layout, perm, None, _expert_of(module, part))
         elif isinstance(module, QuantLinear) and not isinstance(module, LinearGroup):
             yield QuantizedLinear(name, module.layout, module.perm, module.bias, module.dequantized)
 
 
 def _part_of(module: QuantGatedMLP, part: str) -> Callable[[], Tensor]:
     return lambda: module.dequantized()[part]
+
+
+def _expert_of(module: QuantExperts, part: str) -> Callable[[], Tensor]:
+    return lambda: module.weight_of(part)
+
+
+def floating_modules(model: nn.Module) -> list[str]:
+    """Return the linears, and the experts as a whole, that are floating point."""
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_experts(m)]
 
 
 def stored_config(model: Any, compute_dtype: str = "auto", source: str | None = None) -> WeightOnlyQuantConfig:
@@ -71,7 +85,7 @@ def stored_config(model: Any, compute_dtype: str = "auto", source: str | None = 
         scheme="asym" if most.asymmetric else "sym",
         group_size=most.group_size,
         lm_head=False,
-        floating_modules=[name for name, m in model.named_modules() if isinstance(m, nn.Linear)],
+        floating_modules=floating_modules(model),
         source=source,
     )
 
@@ -96,7 +110,7 @@ def saved_config(model: Any, config: WeightOnlyQuantConfig, biased: list[str]) -
     layouts = {q.name: str(q.layout) for q in found if q.layout != general.layout_of(q.name, q.name == head_name)}
     return replace(
         config,
-        floating_modules=[name for name, m in model.named_modules() if isinstance(m, nn.Linear)],
+        floating_modules=floating_modules(model),
         layouts=layouts or None,
         permuted_modules=[q.name for q in found if q.perm is not None] or None,
         biased_modules=biased or None,
@@ -112,11 +126,16 @@ def restore_floats(model: Any, dtype: torch.dtype) -> Any:
     """
     plain = _bare_twin(model)
     quantized = {q.name: q for q in quantized_linears(model)}
+    quantized_experts = {name: m for name, m in model.named_modules() if isinstance(m, QuantExperts)}
     done: dict[int, nn.Parameter] = {}
     for path, module in plain.named_modules():
         if (found := quantized.get(path)) is not None:
             module._parameters["weight"] = nn.Parameter(found.weight().to(dtype), requires_grad=False)
             _set_bias(path, module, found.bias)
+            continue
+        if (experts := quantized_experts.get(path)) is not None:
+            for name, weight in experts.dequantized(dtype).items():
+                module._parameters[name] = nn.Parameter(weight, requires_grad=False)
             continue
         for name in [n for n, p in module._parameters.items() if p is not None]:
             old = model.get_parameter(f"{path}.{name}" if path else name)

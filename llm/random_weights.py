@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..ops.formats import Layout
+from .checkpoints.stored import store_experts
+from .expert_plan import routers
+from .experts import is_experts
 from .linear import Canonical, CanonicalLinear
 from .quantization import WeightOnlyQuantConfig
 
@@ -15,13 +18,13 @@ DRAWN_ROWS = 256
 
 
 def bare_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model whose linears are on the meta device (biases zero, on the CPU) and whose other parts are initialized.
+    """Return a model whose linears and experts are on the meta device (biases zero, on the CPU) and whose other parts are initialized.
 
     A head tied to the embedding table shares its real weight.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    rest = [module for module in model.modules() if not isinstance(module, nn.Linear)]
+    rest = [module for module in model.modules() if not isinstance(module, nn.Linear) and not is_experts(module)]
     for module in rest:
         module.to_empty(device="cpu", recurse=False)
     for module in reversed(rest):
@@ -34,14 +37,17 @@ def bare_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def fill_linears(model: nn.Module) -> None:
-    """Give every linear that is still on the meta device float weights with standard deviation 1 / sqrt(K)."""
+    """Give every linear, and experts, still on the meta device float weights with standard deviation 1 / sqrt(K)."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(1 << 20, generator=generator)
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.is_meta:
-            weight = torch.empty_like(module.weight, device="cpu")
-            _repeat((drawn / module.in_features**0.5).to(weight.dtype), weight.view(-1))
-            module.weight = nn.Parameter(weight, requires_grad=False)
+        if not isinstance(module, nn.Linear) and not is_experts(module):
+            continue
+        for name, old in list(module.named_parameters(recurse=False)):
+            if old.is_meta:
+                weight = torch.empty_like(old, device="cpu")
+                _repeat((drawn / old.shape[-1] ** 0.5).to(weight.dtype), weight.view(-1))
+                setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
 
 def _repeat(drawn: Tensor, out: Tensor) -> None:
@@ -92,8 +98,10 @@ class RandomLinear(CanonicalLinear):
 
 def quantized_linears(model: PreTrainedModel, config: WeightOnlyQuantConfig) -> None:
     """Replace every linear that `config` quantizes by a `RandomLinear`, so that `optimize` packs it without a float copy."""
+    store_experts(model, [n for n, m in model.named_modules() if is_experts(m) and not config.excluded_by(n)])
+    beside = routers(dict(model.named_modules()))
     head = model.get_output_embeddings()
     for index, (name, module) in enumerate(list(model.named_modules())):
         layout = config.head_layout() if module is head else config.layout()
-        if isinstance(module, nn.Linear) and layout is not None and not config.excluded_by(name):
+        if isinstance(module, nn.Linear) and layout and not config.excluded_by(name) and name not in beside:
             model.set_submodule(name, RandomLinear(module, layout, index))

@@ -3,6 +3,7 @@
 from .argmax import argmax
 from .attention import attention
 from .dense import dense_linear, gated_linear, parallel_linear
+from .experts import quant_experts
 from .formats import FORMATS, Layout, dequantize, interleave_gate_up, quantize
 from .gated import gelu_mul, silu_mul
 from .kv_append import kv_append
@@ -34,6 +35,7 @@ __all__ = [
     "load_rows",
     "pack_weight",
     "parallel_linear",
+    "quant_experts",
     "quant_linear",
     "quantize",
     "quantize_weight",

@@ -69,6 +69,8 @@ def calibrate(model: Any, plan: Plan, config: WeightOnlyQuantConfig) -> Calibrat
             model, schemes, Gptq(config) if config.method == "gptq" else Awq(plan), samples, config.method
         )
     plan.report.add("", "calibration", f"{config.method}, {samples}")
+    for name in (step.names[0] for step in plan.steps if step.kind == "experts"):
+        plan.report.add(name, "calibration", reason="experts are rounded to nearest")
     for name in schemes.keys() - result.linears.keys():
         plan.report.add(name, "calibration", reason=f"{config.method} did not reach it: rounded to nearest")
     return result

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..experts import is_experts
 from ..linear import Scheme
 from ..plan import is_linear
 from ..sharing import share_copy
@@ -159,6 +160,10 @@ class Walk:
         name = f"{self.list_name}.{index}"
         schemes = {n.removeprefix(name + "."): s for n, s in self.schemes.items() if n.startswith(name + ".")}
         module = copy.deepcopy(self.model.get_submodule(name)).float().requires_grad_(False)
+        for experts in filter(
+            is_experts, module.modules()
+        ):  # a copy of the configuration; the usual form takes no float64
+            experts.config._experts_implementation = "eager"
         layer = Layer(self, index, name, module, schemes)
         layer.find_groups()
         return layer

@@ -9,6 +9,7 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from ..experts import PARTS
 from .files import TensorFiles
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,13 +29,40 @@ class ModelNames:
         self._converters = [r for r in rules if isinstance(r, WeightConverter)]
         self._base = model.base_model_prefix
         self._known = model.state_dict()
+        self._found: dict[str, tuple[str, bool]] = {}
 
     def of(self, key: str) -> tuple[str, bool]:
         """Return a tensor's name in the model and whether transformers computes another tensor from it."""
+        if key not in self._found:
+            self._found[key] = self._renamed(key)
+        return self._found[key]
+
+    def _renamed(self, key: str) -> tuple[str, bool]:
         name, converter = rename_source_key(key, self._renamings, self._converters, self._base, self._known)
         if name not in self._known and key in self._known:
             return key, False
         return name, converter is not None
+
+    def expert_of(self, prefix: str) -> tuple[str, str] | None:
+        """Return the experts' module that a linear of one expert belongs to and the linear's name in it ("3.gate_proj"), or None.
+
+        transformers joins these linears: its rules say which of them (in one checkpoint w1, w3 and w2) are gate, up and down.
+
+        Args:
+            prefix: the linear's name in the checkpoint.
+        """
+        key = f"{prefix}.weight"
+        name, pattern = rename_source_key(key, self._renamings, self._converters, self._base, self._known)
+        number = re.search(r"\.(\d+)\.[^.]+$", prefix)
+        if number is None:
+            return None
+        if pattern is None:  # a checkpoint that names them as we do
+            found = re.fullmatch(rf"(.+)\.(\d+\.(?:{'|'.join(PARTS)}))", name.removesuffix(".weight"))
+            return None if found is None else (found[1], found[2])
+        sources = next(c.source_patterns for c in self._converters if pattern in c.source_patterns)
+        owner, _, joined = name.rpartition(".")
+        parts = {"gate_up_proj": PARTS[:2], "down_proj": PARTS[2:]}.get(joined, ())
+        return (owner, f"{number[1]}.{parts[sources.index(pattern)]}") if len(parts) == len(sources) else None
 
 
 def check_contents(model: Any, files: TensorFiles, names: ModelNames) -> None:

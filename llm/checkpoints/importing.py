@@ -16,7 +16,7 @@ from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
 from .files import TensorFiles
 from .native import check_device_map, check_loaded, prepare_native
 from .readers import find_reader
-from .stored import ignore_stored, prepare, read_all
+from .stored import prepare, read_all
 
 IMPORT_METHOD = "llmrt-import"
 
@@ -58,7 +58,6 @@ class Importer(HfQuantizer):
         self.reader = find_reader(self.quantization_config.stored)
         self.files = TensorFiles(checkpoint_files)
         prepare(model, self.reader, self.files)
-        ignore_stored(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.quantization_config.native is not None:

@@ -2,9 +2,9 @@
 
 A directory as `save_pretrained` writes it: config.json with ``quantization_config: {"quant_method": "llmrt", ...}`` and safetensors
 in which a quantized linear `name` has the canonical tensors ``name.qweight``, ``name.scales``, ``name.zeros`` (asymmetric only),
-``name.perm`` (act-order only) and ``name.bias``. The packed weights of a CPU or GPU are made at load. After ``import llmrt.llm``
-(transformers has no plugin mechanism: without it the weights would be skipped with a mere warning)
-``AutoModelForCausalLM.from_pretrained`` reads it.
+``name.perm`` (act-order only) and ``name.bias``; so has each linear of each expert (llm/experts.py). The packed weights of a CPU or
+GPU are made at load. After ``import llmrt.llm`` (transformers has no plugin mechanism: without it the weights would be skipped with a
+mere warning) ``AutoModelForCausalLM.from_pretrained`` reads it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
+from ..experts import is_experts
 from ..linear import CanonicalLinear
 from ..optimize import optimize
 from ..plan import is_linear
@@ -26,7 +27,7 @@ from ..quantized import restore_floats
 from ..static.config import STATIC_METHOD
 from .contents import ModelNames, check_contents
 from .files import TensorFiles
-from .stored import untie
+from .stored import store_experts, untie
 
 register_quantization_config(QUANT_METHOD)(WeightOnlyQuantConfig)
 
@@ -93,9 +94,11 @@ def prepare_native(model: Any, config: WeightOnlyQuantConfig, paths: Sequence[st
     """
     names = ModelNames(model)
     head = model.get_output_embeddings()
+    experts = [name for name, m in model.named_modules() if is_experts(m)]
+    store_experts(model, [name for name in experts if config.excluded_by(name) is None])
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     for field in ("floating_modules", "layouts", "permuted_modules", "biased_modules"):
-        unknown = sorted(set(getattr(config, field) or ()) - set(linears))
+        unknown = sorted(set(getattr(config, field) or ()) - {*linears, *experts})
         if unknown:
             raise ValueError(f"quantization_config.{field} names no linear of this model: {', '.join(unknown)}")
     for name, linear in linears.items():

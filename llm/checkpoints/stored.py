@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...ops.formats import check_canonical
+from ..expert_plan import unlike_experts
+from ..experts import StoredExperts, is_experts, sizes_of
 from ..linear import CanonicalLinear, check_perm
 from ..memory import return_free_memory
 from ..plan import is_linear
+from ..probe import probe_activation, usual_tensors
 from .contents import ModelNames, check_contents
 from .files import TensorFiles
 from .reader import Reader, Weight
+
+#: Freed memory is handed back to the system when it has become that much.
+KEPT_BYTES = 8 << 20
 
 
 class StoredLinear(nn.Module):
@@ -94,12 +101,15 @@ def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
         ValueError: a tensor is missing, or has another shape or dtype; or a quantized weight is no linear of the model.
     """
     names = ModelNames(model)
+    groups = {prefix: found for prefix, found in files.groups().items() if prefix and reader.quantizes(prefix, found)}
+    inside = {prefix: part for prefix in groups if (part := names.expert_of(prefix)) is not None}
+    experts = store_experts(model, [owner for owner, _ in inside.values()])
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     outside, found_for = [], dict[str, str]()
-    for prefix, found in files.groups().items():
-        if not prefix or not reader.quantizes(prefix, found):
-            continue
+    for prefix, found in groups.items():
         name = names.of(f"{prefix}.weight")[0].rpartition(".")[0]
+        if inside.get(prefix, ("",))[0] in experts:
+            name = ".".join(inside[prefix])
         if name not in linears:
             outside.append(prefix)
             continue
@@ -112,10 +122,49 @@ def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
             raise ValueError(f"the checkpoint has no {prefix}.bias")
         model.set_submodule(name, StoredLinear(linear, prefix, list(found)))
     check_outside(outside, model)
+    for owner in experts:
+        check_complete(model, owner)
     if not found_for:
         raise ValueError("quantization_config says that the checkpoint is quantized, but no linear in its files is")
     untie(model)
     check_contents(model, files, names)
+    ignore_stored(model, names)
+
+
+def store_experts(model: Any, owners: Iterable[str]) -> list[str]:
+    """Replace experts of a model by `StoredExperts` and return the names of those that were replaced.
+
+    Args:
+        model: changed.
+        owners: full names; those that are no experts are passed over.
+
+    Raises:
+        ValueError: experts have a form that cannot be computed quantized.
+    """
+    replaced, probed = [], dict[Any, str | None]()
+    modules = dict(model.named_modules())
+    for name in dict.fromkeys(owners):
+        module = modules.get(name)
+        if module is None or not is_experts(module):
+            continue
+        with usual_tensors():
+            activation = probe_activation(getattr(module, "act_fn", None))
+            key = type(module), activation, sizes_of(module)
+            if key not in probed:
+                probed[key] = unlike_experts(module, activation)
+            misfit = probed[key]
+        if misfit is not None or activation is None:
+            raise ValueError(f"{name} is quantized in the checkpoint, and cannot be computed so: {misfit}")
+        model.set_submodule(name, StoredExperts(module, activation))
+        replaced.append(name)
+    return replaced
+
+
+def check_complete(model: Any, owner: str) -> None:
+    """Raise ValueError unless all linears of these `StoredExperts` were replaced by quantized ones."""
+    for name, module in model.get_submodule(owner).named_modules():
+        if isinstance(module, nn.Linear):
+            raise ValueError(f"the checkpoint has other experts quantized, and nothing for {owner}.{name}")
 
 
 def check_outside(outside: list[str], model: Any) -> None:
@@ -123,12 +172,6 @@ def check_outside(outside: list[str], model: Any) -> None:
     if not outside:
         return
     more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
-    experts = [name for name in outside if re.search(r"(^|\.)experts?(\.|$)", name)]
-    if experts:
-        raise ValueError(
-            f"{experts[0]}{more}: quantized experts cannot be loaded yet, since transformers keeps all experts of a layer "
-            "in one tensor; load the floating-point model and quantize it (its experts stay floating point)"
-        )
     raise ValueError(f"{outside[0]}{more} are quantized in the checkpoint and no linear of {type(model).__name__}")
 
 
@@ -144,12 +187,13 @@ def untie(model: Any) -> None:
     model.all_tied_weights_keys = {t: s for t, s in tied.items() if f"{name}.weight" not in (t, s)}
 
 
-def ignore_stored(model: Any) -> None:
+def ignore_stored(model: Any, names: ModelNames) -> None:
     """Keep transformers from reporting the tensors of `StoredLinear`s as unexpected."""
-    stored = [m for m in model.modules() if isinstance(m, StoredLinear)]
-    kinds = {re.sub(r"\d+", r"\\d+", re.escape(f"{m.prefix}.{suffix}")) for m in stored for suffix in m.suffixes}
+    keys = (f"{m.prefix}.{suffix}" for m in model.modules() if isinstance(m, StoredLinear) for suffix in m.suffixes)
+    kinds = {re.sub(r"\d+", "0", key): key for key in keys}  # those of different layers and experts are renamed alike
+    patterns = (re.sub(r"\d+", r"\\d+", re.escape(names.of(key)[0])) for key in kinds.values())
     known = model._keys_to_ignore_on_load_unexpected or set()
-    model._keys_to_ignore_on_load_unexpected = set(known) | {f"^(.*\\.)?{kind}$" for kind in kinds}
+    model._keys_to_ignore_on_load_unexpected = set(known) | {f"^(.*\\.)?{pattern}$" for pattern in patterns}
 
 
 def read_all(model: Any, reader: Reader, files: TensorFiles) -> None:
@@ -158,14 +202,19 @@ def read_all(model: Any, reader: Reader, files: TensorFiles) -> None:
     Raises:
         ValueError: of the reader.
     """
+    freed = 0
     for name, module in list(model.named_modules()):
         if not isinstance(module, StoredLinear):
             continue
         k, n = module.in_features, module.out_features
         tensors = {suffix: files.read(f"{module.prefix}.{suffix}") for suffix in module.suffixes}
         bias = tensors.get("bias")
+        freed += sum(tensor.nbytes for tensor in tensors.values())
         weight = reader.read(module.prefix, k, n, tensors)
         del tensors
         model.set_submodule(name, canonical_linear(module.prefix, weight, k, n, module.dtype, bias, module.biased))
         del weight
-        return_free_memory()
+        if freed > KEPT_BYTES:  # experts are many and small
+            return_free_memory()
+            freed = 0
+    return_free_memory()

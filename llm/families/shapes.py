@@ -54,6 +54,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma-2-2b": _row("gemma2", 2304, 9216, 26, 8, 4, 256000, 8192, head_dim=256),
     "gemma-3-1b": _row("gemma3_text", 1152, 6912, 26, 4, 1, 262144, 32768, head_dim=256, sliding_window=512),
     "glm-4-9b": _row("glm", 4096, 13696, 40, 32, 2, 151552, 131072, head_dim=128, attention_bias=True),
+    "olmoe-1b-7b": _row(
+        "olmoe", 2048, 1024, 16, 16, 16, 50304, 4096, num_experts=64, num_experts_per_tok=8, rms_norm_eps=1e-5
+    ),
     "tiny": _row("llama", 64, 160, 2, 4, 2, 264, 1024),
 }
 

@@ -11,7 +11,6 @@ import torch
 from gptq_directories import TINY_READERS, edit_json, save_gptq
 from models import tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from llmrt import llm
 from llmrt.llm.checkpoints import readers
@@ -175,20 +174,6 @@ def test_torch_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             tmp_path / "config.json", lambda c: c.update(quantization_config={"quant_method": "tiny-gptq", "bits": 4})
         )
     assert "this must not run" not in capsys.readouterr().out
-
-
-def test_quantized_experts_are_refused(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        num_local_experts=2, head_dim=8,
-    )  # fmt: skip
-    save_gptq(MixtralForCausalLM(config).eval(), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    expert = {k.removeprefix("model.layers.0.self_attn.q_proj."): v for k, v in tensors.items() if ".q_proj." in k}
-    for name in ("w1", "w2", "w3"):
-        tensors.update({f"model.layers.0.block_sparse_moe.experts.0.{name}.{k}": v.clone() for k, v in expert.items()})
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    refused(tmp_path, "experts.0.w1 and 2 more: quantized experts cannot be loaded yet")
 
 
 def test_headers_are_all_that_is_read(tmp_path: Path) -> None:

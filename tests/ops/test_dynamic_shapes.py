@@ -27,6 +27,11 @@ GATED = ops.pack_weight.reference(
     *ops.quantize(ops.interleave_gate_up(torch.randn(N, K), torch.randn(N, K)), LAYOUT), str(LAYOUT), K
 )
 
+EXPERTS = tuple(
+    torch.stack([ops.pack_weight.reference(*ops.quantize(torch.randn(n, k) / 8, LAYOUT), str(LAYOUT), k)] * 4)
+    for n, k in ((2 * N, K), (K, N))
+)
+
 STATIC = "int8_sym_channel_f32"
 CODES = ops.quantize(torch.randn(N, K), Layout.parse(STATIC))
 STATIC_ARGS = (ops.pack_weight.reference(*CODES, STATIC, K), ops.weight_sums(CODES[0]))
@@ -44,6 +49,15 @@ def rows(batch: int, tokens: int, cached: int) -> tuple[Tensor, Tensor]:
 
 
 ROWS = ({0: B, 1: S}, {0: B, 1: S})
+
+
+def chosen(batch: int, tokens: int, cached: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, the numbers of their experts and the experts' weights."""
+    scores = torch.rand(batch, tokens, 4)
+    return torch.randn(batch, tokens, K), *reversed(scores.topk(2))
+
+
+CHOSEN = ({0: B, 1: S},) * 3
 
 
 def heads(batch: int, tokens: int, cached: int) -> tuple[Tensor, ...]:
@@ -100,6 +114,14 @@ CASES = (
     Case("quant_linear", lambda op, x, y: op(x, PACKED, None, None, str(LAYOUT), N, "fp32", "gelu"), rows, *ROWS),
     Case("quant_linear", lambda op, x, y: op(x, PACKED, None, y[..., :N], str(LAYOUT), N, "fp32", "add"), rows, *ROWS),
     Case("quant_linear", lambda op, x, y: op(x, GATED, None, None, str(LAYOUT), N, "fp32", "silu_mul"), rows, *ROWS),
+    Case(
+        "quant_experts",
+        lambda op, x, i, s: op(
+            *(t.flatten(0, 1) for t in (x, i, s)), *EXPERTS, None, None, str(LAYOUT), str(LAYOUT), N, "fp32", "fp32"
+        ),
+        chosen,
+        *CHOSEN,
+    ),
     Case(
         "static_linear",
         lambda op, x, y: op(x, *STATIC_ARGS, None, y[..., :N], WEIGHT.abs(), 0.05, 120, STATIC, N, "add"),
