@@ -131,14 +131,15 @@ class LowPrecisionReader:
 
     def _group_size(self, name: str, scale: str, groups: int, in_features: int) -> int:
         """Return the group size that the number of scales means, -1 for one group."""
+        size = read_int(self.config, "group_size", -1, "group")
+        if size == -1:
+            size = even_groups(name, scale, groups, in_features)
+        elif groups_of(in_features, size) != groups:
+            raise ValueError(
+                f"{name}.{scale} has {groups} groups; {in_features} inputs in groups of {size} have {groups_of(in_features, size)}"
+            )
         if groups == 1:
             return -1
-        size = read_int(self.config, "group_size", -1, "group")
-        size = -(-in_features // groups) if size == -1 else size
-        if groups_of(in_features, size) != groups:
-            raise ValueError(
-                f"{name}.{scale} has {groups} groups; {in_features} inputs in groups of {size} have others"
-            )
         integer_layout(name, 4, True, size, torch.float32, in_features)
         return size
 
@@ -147,7 +148,7 @@ class LowPrecisionReader:
         config = dict(self.config)
         shape, groups = found["qweight"].shape, max(found["scales"].shape[0] if found["scales"].shape else 1, 1)
         if config.get("group_size") is None:
-            config["group_size"] = -1 if groups == 1 else -(-in_features // groups)
+            config["group_size"] = even_groups(name, self.keys[1] or "", groups, in_features)
         if self.method == "awq":
             return AwqReader(config)
         if config.get("bits") is None:
@@ -159,6 +160,15 @@ class LowPrecisionReader:
         """Return the parts under the names of the format."""
         taken = {key: own for key, own in zip(self.keys, _FOREIGN_NAMES, strict=True) if key is not None}
         return {taken.get(key, key): part for key, part in parts.items() if key in taken or key not in _FOREIGN_NAMES}
+
+
+def even_groups(name: str, scale: str, groups: int, in_features: int) -> int:
+    """Return the group size of groups that are all alike, -1 for one group; ValueError if inputs do not divide so."""
+    if in_features % groups:
+        raise ValueError(
+            f"{name}.{scale} has {groups} groups, which do not divide {in_features} inputs evenly; say group_size in the configuration"
+        )
+    return -1 if groups == 1 else in_features // groups
 
 
 def _key(config: Mapping[str, Any], key: str, default: str) -> str | None:

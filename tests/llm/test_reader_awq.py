@@ -47,7 +47,7 @@ def test_symmetric_zeros_make_a_symmetric_layout():
     assert torch.equal(dense(found, 64), weight.weight)
     del tensors["qzeros"]
     assert torch.equal(dense(read({"zero_point": False}, tensors, 64, 16), 64), weight.weight)
-    with pytest.raises(ValueError, match=r"up.qzeros is missing"):
+    with pytest.raises(ValueError, match="the checkpoint has no up.qzeros"):
         read({}, tensors, 64, 16)
 
 
@@ -92,7 +92,7 @@ def test_configurations(values, text):
         ({"qweight": torch.zeros(64, 2)}, r"up.qweight has dtype float32; valid: int32"),
         ({"qzeros": torch.zeros(2, 16, dtype=torch.int32)}, r"up.qzeros has shape \[2, 16\]"),
         ({"scales": torch.zeros(1, 16).half()}, r"up.scales has shape \[1, 16\]; expected \[2, 16\]"),
-        ({"scales": torch.full((2, 16), float("inf"))}, "up: scales has 32 NaN or infinite"),
+        ({"scales": torch.full((2, 16), float("inf"))}, "up: scales has NaN or infinite"),
         ({"bias": torch.zeros(8)}, r"up.bias has shape \[8\]"),
     ],
 )
