@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from ..linear import CanonicalLinear
 from ..optimize import optimize
-from ..plan import is_linear
 from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
 from ..quantized import restore_floats
 from ..static.config import STATIC_METHOD
+from .configuration import check_layers, explained, local_files, read_configuration, stored_quantization
 from .contents import ModelNames, check_contents
 from .files import TensorFiles
-from .stored import untie
+from .stored import check_outside, linears_of, untie
 
 register_quantization_config(QUANT_METHOD)(WeightOnlyQuantConfig)
 
@@ -93,7 +93,7 @@ def prepare_native(model: Any, config: WeightOnlyQuantConfig, paths: Sequence[st
     """
     names = ModelNames(model)
     head = model.get_output_embeddings()
-    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    linears = linears_of(model)
     for field in ("floating_modules", "layouts", "permuted_modules", "biased_modules"):
         unknown = sorted(set(getattr(config, field) or ()) - set(linears))
         if unknown:
@@ -109,9 +109,28 @@ def prepare_native(model: Any, config: WeightOnlyQuantConfig, paths: Sequence[st
         new.added_bias = added
         new._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(name, new)
+    check_files(model, names, set(linears), paths)
+
+
+def check_files(model: Any, names: ModelNames, linears: set[str], paths: Sequence[str] | None) -> None:
+    """Compare the headers of llmrt's own checkpoint with a model whose quantized linears were replaced.
+
+    Args:
+        model: on the meta device.
+        names: of the model before that.
+        linears: of the model before that.
+        paths: of the files; None: a state dict is loaded.
+
+    Raises:
+        ValueError: a tensor is missing, of another shape or dtype, or a quantized weight is no linear of the model.
+    """
     untie(model)
-    if paths is not None:
-        check_contents(model, TensorFiles(paths), names)
+    if paths is None:
+        return
+    files = TensorFiles(paths)
+    quantized = [prefix for prefix, found in files.groups().items() if "qweight" in found]
+    check_outside([p for p in quantized if names.of(f"{p}.weight")[0].removesuffix(".weight") not in linears], model)
+    check_contents(model, files, names)
 
 
 def check_loaded(model: nn.Module) -> None:
@@ -154,8 +173,11 @@ def from_quantized(directory: str | os.PathLike[str], dtype: torch.dtype | str =
     path = os.fspath(directory)
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"{path} has no config.json")
-    found = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    config, _ = read_configuration(path, {}, {})
+    files = local_files(path, config, {})
+    check_layers(path, config, files)
+    method = (stored_quantization(config, path) or {}).get("quant_method")
     if method not in (QUANT_METHOD, STATIC_METHOD):
         raise ValueError(f"{path} is not an llmrt checkpoint (quant_method is {method!r}); load it and call optimize")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    with explained(path, config, []):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

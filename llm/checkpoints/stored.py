@@ -87,6 +87,17 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
+def linears_of(model: Any) -> dict[str, nn.Linear]:
+    """Return the linears of a model by name; ValueError if one has no inputs or no outputs."""
+    found = {name: m for name, m in model.named_modules() if is_linear(m)}
+    for name, linear in found.items():
+        if min(linear.in_features, linear.out_features) < 1:
+            raise ValueError(
+                f"{name} has {linear.in_features} inputs and {linear.out_features} outputs, sizes of config.json; valid: at least 1"
+            )
+    return found
+
+
 def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
     """Replace the quantized linears of a model on the meta device, after every tensor was checked against the model's sizes.
 
@@ -94,7 +105,7 @@ def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
         ValueError: a tensor is missing, or has another shape or dtype; or a quantized weight is no linear of the model.
     """
     names = ModelNames(model)
-    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    linears = linears_of(model)
     outside, found_for = [], dict[str, str]()
     for prefix, found in files.groups().items():
         if not prefix or not reader.quantizes(prefix, found):

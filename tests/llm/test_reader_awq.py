@@ -47,7 +47,7 @@ def test_symmetric_zeros_make_a_symmetric_layout():
     assert torch.equal(dense(found, 64), weight.weight)
     del tensors["qzeros"]
     assert torch.equal(dense(read({"zero_point": False}, tensors, 64, 16), 64), weight.weight)
-    with pytest.raises(ValueError, match="the checkpoint has no up.qzeros"):
+    with pytest.raises(ValueError, match=r"the checkpoint has no up.qzeros"):
         read({}, tensors, 64, 16)
 
 

@@ -51,7 +51,10 @@ def good():
         ({"qweight": torch.zeros(8, 16)}, "up.qweight has dtype float32"),
         ({"qzeros": torch.zeros(2, 1, dtype=torch.int32)}, r"up.qzeros has shape \[2, 1\]; expected \[2, 2\]"),
         ({"scales": torch.zeros(16, 2).half()}, r"up.scales has shape \[16, 2\]; expected \[2, 16\]"),
-        ({"scales": torch.zeros(2, 16, dtype=torch.int32)}, "up.scales has dtype int32; valid: float32, bfloat16, float16"),
+        (
+            {"scales": torch.zeros(2, 16, dtype=torch.int32)},
+            "up.scales has dtype int32; valid: float32, bfloat16, float16",
+        ),
         ({"scales": None}, "the checkpoint has no up.scales; it has g_idx, qweight, qzeros"),
         ({"g_idx": torch.zeros(63, dtype=torch.int32)}, r"up.g_idx has shape \[63\]; expected \[64\]"),
         ({"g_idx": torch.zeros(64)}, "up.g_idx has dtype float32"),
