@@ -77,6 +77,9 @@ LIES = {
     "past the end": (header(ARCHITECTURE, tensors=[tensor("t", 64)]), "'t' takes 256 bytes from byte"),
     "ggml type": (header(ARCHITECTURE, tensors=[tensor("t", 1, kind=4)]), "'t' has the type 4; valid: 0, 1, 2"),
     "part of a block": (header(ARCHITECTURE, tensors=[tensor("t", 33, kind=2)]), "rows of a multiple of 32"),
+    "shared bytes": (header(ARCHITECTURE, tensors=[tensor("t", 9), tensor("u", 9, offset=0)]) + bytes(99), "'t' and 'u' share bytes"),
+    "second part": (header(ARCHITECTURE, pair("split.no", 1), pair("split.count", 2)), "part 1 of a split .*llama-gguf-split --merge"),
+    "split by name": (header(ARCHITECTURE, pair("split.no", 0), pair("split.count", 2)), "one of 2 files, but is not called .*--merge"),
     "same name": (header(ARCHITECTURE, tensors=[tensor("t", 1)] * 2) + bytes(64), "'t' is there twice"),
 }  # fmt: skip
 
@@ -154,3 +157,42 @@ def test_any_bytes(tmp_path_factory, changes, cut):
     assert all(t.start + t.size <= path.stat().st_size for t in found.tensors.values())
     reader = gguf.GGUFReader(path)  # what passed does not hang or surprise the package
     assert {t.name: t.n_bytes for t in reader.tensors} == {t.name: t.size for t in found.tensors.values()}
+
+
+def test_parts_of_a_split_model(tmp_path):
+    vector = {"v": (F32, (5,), floats(F32, torch.arange(5.0)))}
+    first, second = (tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2))
+    split = {"split.no": 0, "split.count": 2, "split.tensors.count": 2}
+    write(first, {**METADATA, **split}, vector)
+    for metadata, tensors, message in (
+        (None, None, "m-00002-of-00002.gguf is not there: the model is split into 2 files"),
+        ({**split, "split.no": 1, "split.count": 3}, {"w": vector["v"]}, "does not belong to"),
+        ({**split, "split.no": 1}, vector, "does not belong to .* tensors of another one"),
+        (split, {"w": vector["v"]}, "not the part 2 of a split model .split.no 0"),
+        (
+            {**split, "split.no": 1},
+            {"w": vector["v"], "x": vector["v"]},
+            "says that its parts have 2 tensors; they have 3",
+        ),
+    ):
+        if metadata is not None:
+            write(second, metadata, tensors)
+        with pytest.raises(ValueError, match=message):
+            load(first)
+
+
+def test_factors_that_are_no_frequencies(tmp_path):
+    """A single one would be used for all."""
+    keys = {
+        "block_count": 1,
+        "embedding_length": 64,
+        "attention.head_count": 4,
+        "feed_forward_length": 64,
+        "vocab_size": 64,
+    }
+    metadata = {"general.architecture": "llama", **{f"llama.{k}": item for k, item in keys.items()}}
+    embedding = (F32, (64, 64), floats(F32, torch.zeros(64, 64)))
+    factors = (F32, (1,), floats(F32, torch.ones(1)))
+    write(tmp_path / "wrong.gguf", metadata, {"token_embd.weight": embedding, "rope_freqs.weight": factors})
+    with pytest.raises(ValueError, match=r"rope_freqs.weight has shape \[1\]; expected \[8\]"):
+        load(tmp_path / "wrong.gguf")
