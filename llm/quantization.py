@@ -35,7 +35,7 @@ class KnownFields(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Return the configuration of a dict; ValueError for a field that does not exist."""
-        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        known = [f.name for f in fields(cls)]
         unknown = [str(name) for name in config_dict if name not in known]
         if unknown:
             raise ValueError(

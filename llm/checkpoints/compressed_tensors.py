@@ -136,7 +136,7 @@ class CompressedTensorsReader:
         if not scheme.symmetric or "weight_zero_point" in found:
             packed = scheme.packed and not scheme.symmetric and scheme.grid.rows == 1
             groups = scheme.grid.counts(n, k)[1]
-            shapes = [(words(n, scheme.bits), groups)] if packed else scheme.grid.shapes(n, k)
+            shapes: Any = [(words(n, scheme.bits), groups)] if packed else scheme.grid.shapes(n, k)
             kinds = (torch.int32,) if packed else (*_INTEGERS, torch.float8_e4m3fn) if scheme.floating else _INTEGERS
             expect(name, "weight_zero_point", found, shapes, kinds)
         expect(name, "weight_shape", found, (2,), (torch.int32, torch.int64), required=False)

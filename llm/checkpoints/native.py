@@ -9,6 +9,7 @@ in which a quantized linear `name` has the canonical tensors ``name.qweight``, `
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +20,14 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from ..linear import CanonicalLinear
+from ..model_card import write_card
 from ..optimize import optimize
 from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
 from ..quantized import restore_floats
 from ..static.config import STATIC_METHOD
 from .configuration import check_layers, explained, local_files, read_configuration, stored_quantization
 from .contents import ModelNames, check_contents
+from .entries import expect_finite
 from .files import TensorFiles
 from .stored import check_outside, linears_of, untie
 
@@ -54,6 +57,18 @@ class Quantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving leaves a text in the configuration
         return restore_floats(model, dtype or model.dtype)
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Return nothing in place of the model's own tensors; write the model card.
+
+        transformers calls this in the middle of `save_pretrained`, of which it says the directory to nobody: it is read from the
+        caller's variables. (A method of the model in place of its class's would outlive a model that is nobody's.)
+        """
+        caller = inspect.currentframe()
+        found = caller.f_back.f_locals if caller is not None and caller.f_back is not None else {}
+        if found.get("save_directory") is not None and found.get("is_main_process", True):
+            write_card(model, found["save_directory"])
+        return super().get_state_dict_and_metadata(model)
 
     def is_serializable(self) -> bool:
         """Saving writes canonical tensors."""
@@ -134,13 +149,19 @@ def check_files(model: Any, names: ModelNames, linears: set[str], paths: Sequenc
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raise ValueError if the checkpoint lacked a tensor (transformers would go on with what memory held)."""
+    """Raise ValueError if the checkpoint lacked a tensor (transformers would go on with what memory held), or has unusable values."""
     for name, module in model.named_modules():
         if not isinstance(module, CanonicalLinear):
             continue
         for part, tensor in (*module._buffers.items(), *module._parameters.items()):
             if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
                 raise ValueError(f"the checkpoint has no {name}.{part}")
+        for part in ("scales", "bias"):
+            expect_finite(f"{name}.{part}", getattr(module, part))
+        try:
+            module.canonical()
+        except RuntimeError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:

@@ -121,7 +121,8 @@ DTYPES = st.sampled_from([torch.int32, torch.int64, torch.float16, torch.float32
 def test_fuzz(values, strange, bits, sizes, seed):
     torch.manual_seed(seed)
     n, k, group = sizes
-    tensors = gptq_tensors(random_integers(n, k, group, bits), bits)
+    weight = random_integers(n, k, group, bits)
+    tensors = gptq_tensors(shuffled(weight) if seed % 2 else weight, bits)
     for suffix, (shape, dtype) in strange.items():
         tensors[suffix] = torch.randint(0, 2, shape).to(dtype)
     try:
@@ -131,3 +132,5 @@ def test_fuzz(values, strange, bits, sizes, seed):
         assert "up" in str(error) or "quantization_config" in str(error)
         return
     assert dense(found, k).shape == (n, k)
+    if not strange:
+        assert torch.equal(dense(found, k), weight.weight), "g_idx tells the groups, whatever the configuration says"
