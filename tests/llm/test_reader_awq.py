@@ -123,7 +123,8 @@ def test_outputs_in_eights():
 )
 def test_fuzz(values, strange, sizes):
     n, k, group = 8 * sizes[0], sizes[1], sizes[2]
-    tensors = awq_tensors(random_integers(n, k, group, 4))
+    weight = random_integers(n, k, group, 4)
+    tensors = awq_tensors(weight)
     for suffix, (shape, dtype) in strange.items():
         tensors[suffix] = torch.randint(0, 2, shape).to(dtype)
     try:
@@ -132,3 +133,5 @@ def test_fuzz(values, strange, sizes):
         assert "up" in str(error) or "quantization_config" in str(error)
         return
     assert dense(found, k).shape == (n, k)
+    if not strange and "group_size" not in values:
+        assert torch.equal(dense(found, k), weight.weight)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integer_packers import dense, entries, gptq_tensors, random_integers
+from integer_packers import dense, entries, gptq_tensors, random_integers, shuffled
 
 from llmrt.llm.checkpoints.gptq import GptqReader
 
@@ -122,7 +122,8 @@ def test_fuzz(values, strange, bits, sizes, seed):
     torch.manual_seed(seed)
     n, k, group = sizes
     weight = random_integers(n, k, group, bits)
-    tensors = gptq_tensors(shuffled(weight) if seed % 2 else weight, bits)
+    weight = shuffled(weight) if seed % 2 else weight
+    tensors = gptq_tensors(weight, bits)
     for suffix, (shape, dtype) in strange.items():
         tensors[suffix] = torch.randint(0, 2, shape).to(dtype)
     try:

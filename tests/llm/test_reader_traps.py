@@ -6,6 +6,8 @@ import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from integer_packers import awq_tensors, dense, gptq_tensors, random_integers
 from torch import Tensor
 
@@ -60,6 +62,42 @@ def test_an_empty_table_of_gptq() -> None:
     assert torch.equal(dense(GptqReader(config).read("up", 64, 16, tensors), 64), weight.weight)
     with pytest.raises(ValueError, match=r"up.g_idx gives group 0 64 inputs; expected group_size = 32 each"):
         GptqReader({**config, "desc_act": True}).read("up", 64, 16, tensors)
+
+
+TABLES = st.one_of(
+    st.lists(st.integers(-1, 3), min_size=20, max_size=20),
+    st.permutations([0] * 8 + [1] * 8 + [2] * 4),
+    st.permutations([0, 1, 2]).map(lambda order: [order[i // 8] for i in range(20)]),
+    st.integers(-1, 3).map(lambda group: [group] * 20),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(TABLES, st.booleans(), st.sampled_from([2, 3, 4, 8]))
+def test_any_table_is_taken_exactly_or_refused(table: list[int], ordered: bool, bits: int) -> None:
+    weight = random_integers(4, 20, 8, bits)
+    index = torch.tensor(table)
+    unused = set(table) == {0} and not ordered
+    expected = weight if unused else weight._replace(groups=index)
+    tensors = {**gptq_tensors(weight, bits), "g_idx": index.int()}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": 8, "desc_act": ordered}
+    try:
+        found = GptqReader(config).read("up", 20, 4, tensors)
+    except ValueError as error:
+        assert (
+            "up.g_idx" in str(error)
+            and not unused
+            and (min(table) < 0 or sorted(table) != sorted(weight.groups.tolist()))
+        )
+        return
+    assert torch.equal(dense(found, 20), expected.weight)
+    words = {
+        "weight_packed": tensors["qweight"].t().contiguous(), "weight_scale": weight.scales, "weight_g_idx": index.int(),
+        "weight_zero_point": gptq_tensors(weight, bits, 2)["qzeros"].t().contiguous(),
+    }  # fmt: skip
+    if bits != 3 and not unused:
+        reader = compressed("pack-quantized", num_bits=bits, symmetric=False, actorder="group")
+        assert torch.equal(dense(reader.read(NAME, 20, 4, words), 20), expected.weight)
 
 
 @pytest.mark.parametrize("method", ["fp8", "blockwise_int8", "compressed-tensors"])
