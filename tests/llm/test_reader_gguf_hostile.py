@@ -7,9 +7,10 @@ import torch
 from gguf_files import F32, Q4_0, blocks, floats, string, value, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_reader_gguf import tiny_file
 
 from llmrt.llm.checkpoints.ggml_blocks import canonical_blocks
-from llmrt.llm.checkpoints.gguf import load
+from llmrt.llm.checkpoints.gguf import load, read_model
 from llmrt.llm.checkpoints.gguf_header import read_header
 
 gguf = pytest.importorskip("gguf")
@@ -196,3 +197,28 @@ def test_factors_that_are_no_frequencies(tmp_path):
     write(tmp_path / "wrong.gguf", metadata, {"token_embd.weight": embedding, "rope_freqs.weight": factors})
     with pytest.raises(ValueError, match=r"rope_freqs.weight has shape \[1\]; expected \[8\]"):
         load(tmp_path / "wrong.gguf")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "tiny.gguf"
+    tiny_file(path, "qwen2", bias=True, head=Q4_0)
+    start = min(t.start for t in read_header(path, BLOCKS).tensors.values())
+    return path, path.read_bytes(), start
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=2))
+def test_any_bytes_of_a_model(tiny, changes):
+    """From the metadata to the model: what transformers makes of them is a model of the file's sizes or a ValueError."""
+    path, content, start = tiny
+    content = bytearray(content)
+    for position, byte in changes:
+        content[24 + position % (start - 24)] = byte
+    path.write_bytes(content)
+    try:
+        model, _ = read_model(path, torch.float32)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    assert sum(p.numel() for p in model.parameters()) <= path.stat().st_size
