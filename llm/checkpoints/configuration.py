@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from .contents import ModelNames, check_contents, check_values
-from .files import TensorFiles, read_json, weight_files
+from .files import TensorFiles, is_archive, read_json, weight_files
 
 #: More layers than any model has: files are asked for their tensors before so many are made.
 _MANY_LAYERS = 256
@@ -67,7 +67,11 @@ def local_files(path: str, config: Any, options: Mapping[str, Any]) -> list[str]
         return []
     named = getattr(config, "transformers_weights", None)
     directory = os.path.join(path, options.get("subfolder") or "")
-    return weight_files(directory, named, options.get("variant"), options.get("use_safetensors"))
+    files = weight_files(directory, named, options.get("variant"), options.get("use_safetensors"))
+    for file in files:
+        if not file.endswith(".safetensors"):
+            is_archive(file)
+    return files
 
 
 def check_layers(path: str, config: Any, files: list[str]) -> None:

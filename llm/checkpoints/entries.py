@@ -58,6 +58,15 @@ def expect_bias(name: str, found: Mapping[str, Entry], out_features: int) -> Non
     expect(name, "bias", found, (out_features,), FLOATING, required=False)
 
 
+def expect_none(name: str, found: Mapping[str, Entry], suffixes: Collection[str]) -> None:
+    """Raise ValueError if there is a tensor that changes the weight in a way that is not read."""
+    wrong = [suffix for suffix in suffixes if suffix in found]
+    if wrong:
+        raise ValueError(
+            f"{name}.{wrong[0]} is there: it changes the weight, and a format of scales alone does not say how"
+        )
+
+
 def _listed(found: Mapping[str, Entry]) -> str:
     shown = sorted(found)[:8]
     return ", ".join(shown) + (", ..." if len(found) > 8 else "") if shown else "no tensor of this layer"

@@ -87,8 +87,9 @@ def _open_safetensors(path: str) -> tuple[Any, dict[str, Entry]]:
 
 def _open_pickle(path: str) -> tuple[dict[str, Tensor], dict[str, Entry]]:
     """Load a torch file: an archive is mapped, so that nothing but its list of tensors is read here; the format before it is read whole."""
+    mapped = is_archive(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a stranger's bytes make the unpickler raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no file of tensors (torch.load with weights_only=True: {first})") from None
@@ -100,14 +101,18 @@ def _open_pickle(path: str) -> tuple[dict[str, Tensor], dict[str, Entry]]:
     return state, entries
 
 
-def _is_archive(path: str) -> bool:
+def is_archive(path: str) -> bool:
     """Return whether a torch file is an archive; ValueError if it is compressed, which torch would map as it is."""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return False
-    with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise ValueError("it is compressed; torch.save stores tensors as they are")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+    except Exception as error:  # whatever a stranger's bytes make zipfile raise
+        raise ValueError(f"{path} is no file of tensors ({error})") from None
+    if compressed:
+        raise ValueError(f"{path} is compressed; torch.save stores tensors as they are")
     return True
 
 

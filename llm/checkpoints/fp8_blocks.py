@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ...ops.formats import Layout
 from ..linear import Canonical
-from .entries import SCALES, entries_of, expect, expect_bias, expect_finite
+from .entries import SCALES, entries_of, expect, expect_bias, expect_finite, expect_none
 from .reader import Entry, Weight
-from .scales import Grid, tensor_or_rows
+from .scales import OTHERS, Grid, tensor_or_rows
 
 _METHODS = ("fp8", "fbgemm_fp8", "w8a8_fp8")
 _FORMATS = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
@@ -73,6 +73,7 @@ class Fp8BlocksReader:
         """Check shapes and dtypes; see `Reader`."""
         expect(name, "weight", found, (out_features, in_features), tuple(_FORMATS))
         suffix = _suffix(found)
+        expect_none(name, found, [*OTHERS, *(key for key in _NAMES if key != suffix)])
         grid = self._grid(suffix, found)
         dtypes = (*_DTYPES, torch.uint8) if self.bytes_are_exponents else _DTYPES
         expect(name, suffix, found, grid.shapes(out_features, in_features), dtypes)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ...ops.formats import Layout
 from ..linear import Canonical
-from .entries import SCALES, entries_of, expect, expect_bias, expect_finite
+from .entries import SCALES, entries_of, expect, expect_bias, expect_finite, expect_none
 from .fp8_blocks import block_size
 from .reader import Entry, Weight
-from .scales import Grid, tensor_or_rows
+from .scales import OTHERS, Grid, tensor_or_rows
 
 _METHODS = ("w8a8_int8", "int8", "blockwise_int8")
 _NAMES = ("weight_scale", "weight_scale_inv", "SCB")
@@ -56,6 +56,7 @@ class Int8RowsReader:
         """Check shapes and dtypes; see `Reader`."""
         expect(name, "weight", found, (out_features, in_features), (torch.int8,))
         suffix = _suffix(found)
+        expect_none(name, found, [*OTHERS, *(key for key in _NAMES if key != suffix)])
         grid = self._grid(suffix, found)
         dtypes = (torch.float32,) if suffix == "SCB" else SCALES
         expect(name, suffix, found, grid.shapes(out_features, in_features), dtypes)

@@ -39,7 +39,7 @@ class LowPrecisionReader:
     """Reads a state dict of linears.
 
     Args:
-        config: see above; also sym (no zeros are stored: each is 8), bits, group_size, desc_act. For a state dict that came
+        config: see above; also sym (zeros need not be there: each is 8 then), bits, group_size, desc_act. For a state dict that came
             without a configuration pass {"quant_method": "gptq"}.
 
     Raises:
@@ -86,7 +86,7 @@ class LowPrecisionReader:
         expect(name, scale, found, _scale_shape(name, scale, found[scale].shape, out_features), _SCALES)
         groups = _groups(found[scale].shape, out_features)
         self._group_size(name, scale, groups, in_features)
-        if not self.symmetric:
+        if self._has_zeros(found):
             assert zero is not None
             if zero not in found:
                 raise ValueError(f"{name}: the checkpoint has no {name}.{zero} (zero_point_key is {zero!r})")
@@ -114,7 +114,7 @@ class LowPrecisionReader:
         scales = tensors[scale].reshape(out_features, groups)
         scales = scales.float() if scales.dtype in (torch.float64, *_FLOAT8) else scales
         zeros = None
-        if not self.symmetric:
+        if self._has_zeros(found):
             assert zero is not None
             zeros = _zeros(f"{name}.{zero}", tensors[zero], found[scale].shape, out_features, groups)
         return packed_weight(
@@ -128,6 +128,10 @@ class LowPrecisionReader:
             None,
             None if bias is None else tensors.get(bias),
         )
+
+    def _has_zeros(self, found: Mapping[str, Entry]) -> bool:
+        """Return whether zeros have to be there, or are although the configuration says sym."""
+        return not self.symmetric or self.keys[2] in found
 
     def _group_size(self, name: str, scale: str, groups: int, in_features: int) -> int:
         """Return the group size that the number of scales means, -1 for one group."""

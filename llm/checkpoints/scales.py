@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .reader import Entry
 
+#: Tensors that zeros, a smoothing, a second scale or an order of columns add to a weight of scales.
+OTHERS = ("weight_zero_point", "qzeros", "weight_scale_2", "pre_quant_scale", "smooth_scale", "g_idx", "weight_g_idx")
+
 
 class Grid(NamedTuple):
     """How many rows and columns of a weight [N, K] share a scale; -1: all of them. (1, -1) is a scale per row."""

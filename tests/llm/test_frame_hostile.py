@@ -204,7 +204,7 @@ def larger(content: bytes) -> bytes:
 
 SEVEN = {"w": torch.arange(7.0)}
 TORCH_FILES = {
-    "compressed": (lambda: archive(SEVEN, bytes, zipfile.ZIP_DEFLATED), "it is compressed; torch.save stores tensors as they are"),
+    "compressed": (lambda: archive(SEVEN, bytes, zipfile.ZIP_DEFLATED), "is compressed; torch.save stores tensors as they are"),
     "a size": (lambda: archive(SEVEN, larger), "is no file of tensors"),
     "a size, before archives": (lambda: legacy(SEVEN, larger), "is no file of tensors .*wrong byte size"),
     "views": (lambda: archive({"w": torch.zeros(1).expand(1 << 20, 1 << 20)}, bytes), r"but tensors of 4398046511104 bytes"),
@@ -232,3 +232,15 @@ def test_tied_and_transposed_tensors_of_torch_files(write: Any, tmp_path: Path) 
     path.write_bytes(write({"a": table, "b": table, "c": table.t()}, bytes))
     files = TensorFiles([path])
     assert torch.equal(files.read("b"), table) and torch.equal(files.read("c"), table.t()) and files.nbytes == 180
+
+
+def test_a_compressed_torch_file_of_floats(saved: Path, tmp_path: Path) -> None:
+    """torch would map the compressed bytes as if they were the numbers."""
+    directory = copied(saved, "plain", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(archive(tensors, bytes, zipfile.ZIP_DEFLATED))
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is compressed"):
+        load(directory)
+    (directory / "pytorch_model.bin").write_bytes(archive(tensors, bytes))
+    assert load(directory) is not None

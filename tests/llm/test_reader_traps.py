@@ -193,3 +193,21 @@ def test_a_group_size_that_the_scales_contradict() -> None:
     with pytest.raises(ValueError, match=r"q.scale has 1 groups; 64 inputs in groups of 32 have 2"):
         LowPrecisionReader({"group_size": 32}).read("q", 64, 16, tensors)
     assert LowPrecisionReader({"group_size": 64}).read("q", 64, 16, tensors).layout.group_size == -1
+
+
+@pytest.mark.parametrize("suffix", ["weight_zero_point", "pre_quant_scale", "weight_scale_2", "weight_g_idx"])
+@pytest.mark.parametrize("reader", [Fp8BlocksReader({"quant_method": "fp8"}), Int8RowsReader({"quant_method": "int8"})])
+def test_tensors_that_would_change_the_weight(reader: Fp8BlocksReader | Int8RowsReader, suffix: str) -> None:
+    tensors = {"weight": codes(3, 32, isinstance(reader, Fp8BlocksReader)), "weight_scale": torch.rand(3, 1)}
+    reader.read(NAME, 32, 3, {**tensors, "input_scale": torch.ones(())})
+    with pytest.raises(ValueError, match=rf"up_proj.{suffix} is there: it changes the weight"):
+        reader.read(NAME, 32, 3, {**tensors, suffix: torch.ones(3, 1)})
+    with pytest.raises(ValueError, match=r"up_proj.weight_scale(_inv)? is there: it changes the weight"):
+        reader.read(NAME, 32, 3, {**tensors, "weight_scale_inv": torch.ones(3, 1)})
+
+
+def test_zeros_of_a_state_dict_that_says_it_has_none() -> None:
+    weight = random_integers(16, 64, 32, 4)
+    words = gptq_tensors(weight, 4)["qweight"].t().contiguous()
+    tensors = {"packed_weight": words, "scale": weight.scales, "packed_zp": weight.zeros.int()}
+    assert torch.equal(dense(LowPrecisionReader({"sym": True}).read("q", 64, 16, tensors), 64), weight.weight)
