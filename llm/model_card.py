@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
 from torch import nn
 
 from ..ops.formats import Layout
@@ -47,13 +46,9 @@ def model_card(model: Any) -> str:
     """Return the card of a quantized model, with the hub's metadata in front."""
     config, base = model.config.quantization_config, base_model(model)
     layouts = Counter(linear.layout for linear in quantized_linears(model))
-    data = ModelCardData(
-        base_model=base,
-        base_model_relation=None if base is None else "quantized",
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["llmrt", *sorted({layout.weight_dtype for layout in layouts})],
-    )
+    about_base = f'base_model: "{base}"\nbase_model_relation: quantized\n' if base else ""
+    tags = "".join(f"- {tag}\n" for tag in ("llmrt", *sorted({layout.weight_dtype for layout in layouts})))
+    data = f"{about_base}library_name: transformers\npipeline_tag: text-generation\ntags:\n{tags}"
     made = f"converted from {config.source}" if getattr(config, "source", None) else f"by {_method(config)}"
     floating = sum(isinstance(module, nn.Linear) for module in model.modules())
     table = "".join(f"| `{layout}` | {_words(layout)} | {count} |\n" for layout, count in layouts.most_common())
@@ -61,7 +56,7 @@ def model_card(model: Any) -> str:
         table += f"| `{str(model.dtype)[6:]}` | floating point | {floating} |\n"
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"`{type(model).__name__}`"
     return (
-        f"---\n{data.to_yaml()}\n---\n{MARK}\n\n# {(base or type(model).__name__).rpartition('/')[2]}, quantized for llmrt\n\n"
+        f"---\n{data}---\n{MARK}\n\n# {(base or type(model).__name__).rpartition('/')[2]}, quantized for llmrt\n\n"
         f"{origin}, quantized {made}, in the format of llmrt (`quant_method: {config.quant_method}`).\n\n"
         f"| weights | what they are | linear layers |\n| --- | --- | --- |\n{table}\n"
         f"Embeddings and norms are {str(model.dtype)[6:]}.\n\n## Use\n\n```bash\npip install llmrt\n```\n\n"

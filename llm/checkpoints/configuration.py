@@ -94,14 +94,19 @@ def check_layers(path: str, config: Any, files: list[str]) -> None:
 
 
 def check_model(path: str, config: Any, files: list[str], trust_remote_code: bool = False) -> Any:
-    """Return a model without memory; ValueError if it cannot be made, or has far more values than the files."""
+    """Return a model without memory; ValueError if it cannot be made, or has far more values than the files.
+
+    None for code of the checkpoint's own that the user trusts: it is run once only, by transformers.
+    """
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return None
     try:
         config = copy.deepcopy(config)
         for part in (config, config.get_text_config(decoder=True)):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, ImportError):
         raise
     except Exception as error:  # sizes that do not go together
@@ -120,7 +125,7 @@ def explained(path: str, config: Any, files: list[str], trust_remote_code: bool 
         raise
     except Exception:
         model = check_model(path, config, [], trust_remote_code)
-        if files and all(file.endswith(".safetensors") for file in files):
+        if model is not None and files and all(file.endswith(".safetensors") for file in files):
             check_contents(model, TensorFiles(files), ModelNames(model))
         raise
 

@@ -25,7 +25,7 @@ _STRING, _ARRAY = 8, 9
 #: 250 bytes for each, so that a file of a few MB could ask for all memory.
 MAX_ELEMENTS = 1 << 21
 MAX_PAIRS = MAX_TENSORS = 1 << 16
-_MERGE = "give the first part, or join them: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf"
+_MERGE = "give the first part, or join them: gguf-split --merge FIRST-PART.gguf WHOLE.gguf"
 MAX_NAME, MAX_DIMENSIONS, MAX_ALIGNMENT = 1024, 4, 1 << 16
 
 

@@ -100,8 +100,8 @@ def test_only_the_main_process_and_only_quantized_models_write(tmp_path: Path) -
     ("name", "expected"),
     [
         ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
-        ("/home/me/.cache/huggingface/hub/models--meta-llama--Llama-3.2-1B/snapshots/4e20", "meta-llama/Llama-3.2-1B"),
-        ("/home/me/secret/model", None),
+        ("/cache/hub/models--meta-llama--Llama-3.2-1B/snapshots/4e20", "meta-llama/Llama-3.2-1B"),
+        ("/data/secret/model", None),
         ("./models/x", None),
         ("../x", None),
         ("tests/llm", None),

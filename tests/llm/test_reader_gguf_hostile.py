@@ -79,7 +79,7 @@ LIES = {
     "ggml type": (header(ARCHITECTURE, tensors=[tensor("t", 1, kind=4)]), "'t' has the type 4; valid: 0, 1, 2"),
     "part of a block": (header(ARCHITECTURE, tensors=[tensor("t", 33, kind=2)]), "rows of a multiple of 32"),
     "shared bytes": (header(ARCHITECTURE, tensors=[tensor("t", 9), tensor("u", 9, offset=0)]) + bytes(99), "'t' and 'u' share bytes"),
-    "second part": (header(ARCHITECTURE, pair("split.no", 1), pair("split.count", 2)), "part 1 of a split .*llama-gguf-split --merge"),
+    "second part": (header(ARCHITECTURE, pair("split.no", 1), pair("split.count", 2)), "part 1 of a split .*gguf-split --merge"),
     "split by name": (header(ARCHITECTURE, pair("split.no", 0), pair("split.count", 2)), "one of 2 files, but is not called .*--merge"),
     "same name": (header(ARCHITECTURE, tensors=[tensor("t", 1)] * 2) + bytes(64), "'t' is there twice"),
 }  # fmt: skip
