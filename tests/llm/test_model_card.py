@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from test_static import static
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmrt import llm
+from llmrt.llm.commands.quantize import write
 from llmrt.llm.model_card import MARK, base_model
 
 
@@ -114,3 +116,14 @@ def test_base_models(name: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) 
     model = tiny_model("llama")
     monkeypatch.setattr(model.config, "_name_or_path", name)
     assert base_model(model) == expected
+
+
+def test_a_forced_write_into_a_directory_keeps_its_card(tmp_path: Path) -> None:
+    """As of ``llmrt quantize --force`` and ``llmrt convert --force``."""
+    loaded: Any = SimpleNamespace(model=quantized(), tokenizer=SimpleNamespace(save_pretrained=lambda path: None))
+    (tmp_path / "README.md").write_text("mine")
+    write(loaded, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine" and (tmp_path / "model.safetensors").exists()
+    (tmp_path / "README.md").write_text(MARK)
+    write(loaded, tmp_path)
+    assert "int4_sym_g32_bf16" in (tmp_path / "README.md").read_text()
