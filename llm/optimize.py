@@ -178,6 +178,7 @@ def _mark_quantized(model: Any, config: WeightOnlyQuantConfig | StaticQuantConfi
     model.config.quantization_config = saved
     model.hf_quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)  # the class is in llm/checkpoints
     model.is_quantized, model.quantization_method = True, config.quant_method
+    model.model_tags = [*(tag for tag in model.model_tags or () if tag != "llmrt"), "llmrt"]
 
 
 def _check_arguments(

@@ -135,7 +135,7 @@ def test_reload_is_bit_equal(name: str, dtype: torch.dtype, tmp_path: Path) -> N
         ("factors", lambda t: t.neg_(), "q_proj: factors has values outside"),
         ("input_scale", lambda t: t.fill_(torch.inf), "q_proj: input_scale is inf; valid"),
         ("input_scale", lambda t: t.zero_(), "q_proj: input_scale is 0.0; valid"),
-        ("input_zero", lambda t: t.int(), "q_proj: input_zero is int32"),
+        ("input_zero", lambda t: t.int(), "q_proj.input_zero has dtype int32; expected uint8"),
         ("scales", lambda t: t.fill_(torch.nan), "q_proj.scales has NaN or infinite values"),
         ("factors", lambda t: t[:5], "mismatch|[Ss]hape|size"),
     ],
