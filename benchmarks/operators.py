@@ -35,7 +35,7 @@ QUICK_ROWS = (1, 16, 512)
 HEAD_ROWS = 16
 KEY_LENGTHS = (512, 2048, 8192, 32768)
 QUICK_KEY_LENGTHS = (512, 8192)
-PROGRAMS = ("linear", "dense", "attention", "norm", "gated", "rope", "kv_append")
+PROGRAMS = ("linear", "static_linear", "dense", "attention", "norm", "gated", "rope", "kv_append")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -92,6 +92,7 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     for name, options in (
         ("linear", [f"--rows={_list(rows)}", f"--sizes={_pairs(layer)}", *weights]),
         ("linear", [f"--rows={_list(few)}", f"--sizes={_pairs([head])}", *weights]),
+        ("static_linear", [f"--rows={_list(rows)}", f"--sizes={_pairs(layer)}", "--rivals=quant_linear,bf16"]),
         ("dense", [f"--rows={_list(rows)}", f"--sizes={_pairs(layer)}", "--operators=dense_linear"]),
         (
             "dense",

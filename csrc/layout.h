@@ -82,13 +82,16 @@ inline Layout parse_layout(const std::string& text) {
   return l;
 }
 
+// Sizes in bytes stay far from the end of 64 bits.
+constexpr int64_t kMostFeatures = (int64_t{1} << 31) - 1;
+
 struct Geometry {
   int64_t group, groups, padded_group, segment, tiles, code_bytes, scale_bytes, tile_bytes;
   int64_t segments() const { return kTileK / segment; }
 };
 
 inline Geometry geometry(const Layout& l, int64_t K) {
-  STD_TORCH_CHECK(K >= 1, "in_features is ", K, "; valid: at least 1");
+  STD_TORCH_CHECK(K >= 1 && K <= kMostFeatures, "in_features is ", K, "; valid: 1 to ", kMostFeatures);
   Geometry g;
   g.group = l.group_size == -1 || l.group_size > K ? K : l.group_size;
   g.groups = (K + g.group - 1) / g.group;

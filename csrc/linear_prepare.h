@@ -21,6 +21,9 @@ inline Source source_of(const PrepareArgs& a, int64_t position, int64_t length) 
   return {k0, count < length ? count : length};
 }
 
+// Of a segment's largest magnitude: what is smaller counts as 0, as 127 over it would be infinite.
+constexpr float kLeast = 0x1p-118f;
+
 // Symmetric int8 of one segment: scale absmax / 127. The largest magnitude is taken over the bits, so that NaN wins and
 // reaches the result through the scale.
 template <int vectors, class T>
@@ -40,7 +43,7 @@ inline float quantize(const T* x, int8_t* codes, int32_t& code_sum) {
   const int32_t bits = max_of(largest[0]);
   float absmax;
   memcpy(&absmax, &bits, 4);
-  const F32 inverse = F32::set1(absmax == 0.f ? 0.f : 127.f / absmax);
+  const F32 inverse = F32::set1(absmax < kLeast ? 0.f : 127.f / absmax);
 #pragma GCC unroll 16
   for (int i = 0; i < vectors; i++) {
     q[i] = round_to_int(values[i] * inverse);

@@ -149,7 +149,7 @@ def load(directory: Path, settings: Settings) -> PreTrainedModel:
     import transformers
 
     from .checkpoints import AutoModelForCausalLM
-    from .checkpoints.loading import stored_quantization
+    from .checkpoints.configuration import stored_quantization
 
     if not settings.optimize:
         return transformers.AutoModelForCausalLM.from_pretrained(

@@ -56,7 +56,7 @@ def optimize(
         dtype: float32, bfloat16 or float16 for everything that stays floating point; None: as it is.
         inplace: False returns a copy that shares the floating-point weights that stay; the given model stays usable and unchanged.
             True changes the given model and frees every float weight as soon as it is quantized: the peak is the model plus one
-            weight (plus the quantized weights and one layer if the method calibrates, which changes nothing before it is done).
+            weight (plus the quantized weights and one layer if the method calibrates or smooths, which changes nothing before it is done).
             Should memory run out in the middle of that, the model is marked unusable and an error says so.
         device: "cpu" or "xpu".
         quantization_config: a `WeightOnlyQuantConfig`, a `StaticQuantConfig`, or None for floating point. Weights that stay
@@ -124,12 +124,12 @@ def _optimized(
         if qconfig_summary_file is None and not _is_stored(model):
             prepared = model if inplace else share_copy(model)
             return observe(prepared, StaticPlanner(prepared, quantization_config).plan(), quantization_config)
-        planner = StaticPlanner(model, quantization_config, qconfig_summary_file)
+        planner = StaticPlanner(model, quantization_config, qconfig_summary_file, dtype)
     else:
         planner = Planner(model, quantization_config)
     stored = stored_dtype(kv_dtype, dtype or model.dtype)
     plan = planner.plan()
-    static = (planner.inputs, planner.saved_config()) if isinstance(planner, StaticPlanner) else None
+    static = (planner.inputs, planner.folds, planner.saved_config()) if isinstance(planner, StaticPlanner) else None
     del planner  # it holds the modules whose weights shall be freed one by one
     check_weights(model, plan)
     if stored is not None and not plan.cache:
@@ -152,14 +152,14 @@ def _optimized(
     result = model if inplace else share_copy(model)
     options = result, plan, dtype, not inplace, deployment_mode and reason is None, strict
     if static is not None:
-        StaticConverter(static[0], *options).run()
+        StaticConverter(*static[:2], *options).run()
     else:
         Converter(*options, calibrated).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
     choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
-        _mark_quantized(result, quantization_config if static is None else static[1], biased)
+        _mark_quantized(result, quantization_config if static is None else static[2], biased)
     return result
 
 
@@ -178,6 +178,7 @@ def _mark_quantized(model: Any, config: WeightOnlyQuantConfig | StaticQuantConfi
     model.config.quantization_config = saved
     model.hf_quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)  # the class is in llm/checkpoints
     model.is_quantized, model.quantization_method = True, config.quant_method
+    model.model_tags = [*(tag for tag in model.model_tags or () if tag != "llmrt"), "llmrt"]
 
 
 def _check_arguments(

@@ -74,6 +74,8 @@ def is_linear(module: nn.Module | None) -> bool:
 class Planner:
     """Walks a model once per seam; `plan()` gives the result."""
 
+    operator = "quant_linear"  # of the linears that are quantized
+
     def __init__(self, model: Any, quantization: WeightOnlyQuantConfig | None) -> None:
         """Find the model's row."""
         self.model = model
@@ -270,15 +272,13 @@ class Planner:
             if not self._once(key, partial(probe.probe_gated, module, names, activation)):
                 self._remark(owner, f"{type(module).__name__} does not compute down({activation}(gate) * up)")
                 continue
-            schemes = tuple(s for s in (self._scheme(n) for n in full) if s is not None)
-            if self.quantization is not None and (apart := self._apart(full, schemes)) is not None:
-                self._remark(owner, apart, expected=True)
+            schemes = self._gated_schemes(full)
+            if isinstance(schemes, str):
+                self._remark(owner, schemes, expected=True)
                 continue
-            by = (
-                f"ops.quant_linear (epilogue {activation}_mul)"
-                if schemes
-                else f"ops.{activation}_mul".replace("_tanh", "")
-            )
+            by = f"ops.{activation}_mul".replace("_tanh", "")
+            if schemes:
+                by = f"ops.{self.operator} (epilogue {activation}_mul)"
             step = Step("gated", (owner, *full), activation=activation, schemes=schemes)
             hooked = next((o for n in full if (o := self._obstacle(self.modules[n])) is not None), None)
             if hooked is not None:
@@ -286,8 +286,18 @@ class Planner:
             elif self._add(step, module, "mlp", by):
                 for linear, scheme in zip(full, schemes, strict=False):
                     inside = "" if linear == full[-1] else f", epilogue {activation}_mul"
-                    self.report.add(linear, "linear", f"QuantLinear {scheme.layout}{inside}")
+                    self.report.add(linear, "linear", self._by(scheme) + inside)
                 self.taken.update(full if schemes else ())
+
+    def _by(self, scheme: Scheme) -> str:
+        """Return what the report calls a quantized linear."""
+        return f"QuantLinear {scheme.layout}"
+
+    def _gated_schemes(self, full: tuple[str, ...]) -> tuple[Scheme, ...] | str:
+        """Return the schemes of a gated MLP's linears, none if they stay as they are, or why they are not joined."""
+        schemes = tuple(s for s in (self._scheme(n) for n in full) if s is not None)
+        apart = None if self.quantization is None else self._apart(full, schemes)
+        return schemes if apart is None else apart
 
     def _apart(self, full: tuple[str, ...], schemes: tuple[Scheme, ...]) -> str | None:
         """Return why gate and up cannot share a packed weight, or None."""
@@ -319,7 +329,7 @@ class Planner:
             else:
                 names = (owner, full[0], _join(owner, kind.activation))
                 self.plan_.steps.append(Step("fold", names, activation=activation, schemes=(scheme,)))
-                self.report.add(full[0], "linear", f"QuantLinear {scheme.layout}, epilogue {activation}")
+                self.report.add(full[0], "linear", f"{self._by(scheme)}, epilogue {activation}")
                 self.taken.add(full[0])
 
     def _remark(self, owner: str, reason: str, expected: bool = False) -> None:

@@ -29,8 +29,24 @@ _SCALE_SPELLINGS = {"fp32": "f32", "float32": "f32", "bfloat16": "bf16", "fp16":
 _BF16_TIERS = ("avx512_bf16", "amx")
 
 
+class KnownFields(QuantizationConfigMixin):
+    """A configuration, a dataclass, that names what it does not know when it is read from a file."""
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Return the configuration of a dict; ValueError for a field that does not exist."""
+        known = [f.name for f in fields(cls)]
+        unknown = [str(name) for name in config_dict if name not in known]
+        if unknown:
+            raise ValueError(
+                f"quantization_config: this version of llmrt does not know {', '.join(map(repr, unknown))[:200]}; valid: "
+                f"{', '.join(known)}"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+
 @dataclass
-class WeightOnlyQuantConfig(QuantizationConfigMixin):
+class WeightOnlyQuantConfig(KnownFields):
     """Weight-only quantization: weights of linear layers in few bits, activations in floating point between layers.
 
     Args:
@@ -109,6 +125,9 @@ class WeightOnlyQuantConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         """Translate the spellings and check every value."""
         _one_of("quant_method", self.quant_method, (QUANT_METHOD,))
+        for name in ("weight_dtype", "scale_dtype"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.100}; those that exist:\n{combinations()}")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both True; pass one")
         self.scheme = self.alg or self.scheme

@@ -16,8 +16,11 @@ class StandIn:
 
     @property
     def model(self) -> Any:
-        """The model, while it lives."""
-        return self._reference()
+        """The model; ReferenceError if it is gone, as after ``make_model().generate(...)``: nobody but the stand-in refers to it then."""
+        model = self._reference()
+        if model is None:
+            raise ReferenceError("the model is gone: keep it in a variable while one of its methods runs")
+        return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Belong to the copy of the model."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from .check import check, check_dtype, check_shape
 
 TILE_N, TILE_K = 32, 128
+MOST_FEATURES = (1 << 31) - 1
 SCALE_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "e8m0": torch.float8_e8m0fnu}
 COMPUTES = ("int8", "bf16", "fp16", "fp32")
 _SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
@@ -219,7 +220,7 @@ class Geometry:
 
 @lru_cache(maxsize=4096)
 def _geometry(layout: Layout, in_features: int) -> Geometry:
-    check(in_features >= 1, f"in_features is {in_features}; valid: at least 1")
+    check(1 <= in_features <= MOST_FEATURES, f"in_features is {in_features}; valid: 1 to {MOST_FEATURES}")
     group = in_features if layout.group_size == -1 else min(layout.group_size, in_features)
     groups = -(-in_features // group)
     unit = TILE_K if groups == 1 else 32

@@ -159,11 +159,12 @@ def _(packed: Tensor, layout: str, out_features: int, in_features: int) -> tuple
 def quantize_activations(x: Tensor, sizes: Geometry) -> Tensor:
     """Return x [M, K] as the int8 kernels see it: rounded to 255 levels per row and segment of the packed weight.
 
-    scale = absmax / 127 and code = round(x * (127 / absmax)), both in float32, as the kernels do, so that codes agree.
+    scale = absmax / 127 and code = round(x * (127 / absmax)), both in float32, as the kernels do, so that codes agree. Segments whose
+    absmax is below 2^-118 count as 0.
     """
     form = _pad_groups(x.float(), sizes).view(x.shape[0], sizes.tiles * sizes.segments, sizes.segment)
     largest = form.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest == 0, 0.0, torch.full_like(largest, 127.0) / largest)
+    inverse = torch.where(largest < 2.0**-118, 0.0, torch.full_like(largest, 127.0) / largest)
     codes = torch.round(form * inverse).clamp(-127, 127)
     values = codes.to(x.dtype) * (largest / 127.0).to(x.dtype)
     return _unpad_groups(values.flatten(1), sizes, x.shape[1])

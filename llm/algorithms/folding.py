@@ -9,7 +9,7 @@ was: otherwise something else reads the candidate's output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -30,27 +30,26 @@ class Target:
 
     Args:
         name: of the norm or linear, in the layer.
-        start, stop: its output channels that take part.
-        channels: int64 [K]: input feature k is proportional to output channel start + channels[k].
+        rows: int64 [R]: its output channels that take part.
+        channels: int64 [K]: input feature k is proportional to output channel rows[channels[k]].
         offset: of a norm that multiplies by weight + offset; None for a linear or a layer norm.
     """
 
     name: str
-    start: int
-    stop: int
+    rows: Tensor
     channels: Tensor
     offset: float | None = None
 
     def shared(self, scale: Tensor) -> Tensor:
         """Return scales [K] with one value per channel: the geometric mean over the inputs that it feeds."""
-        size = self.stop - self.start
+        size = len(self.rows)
         total = torch.zeros(size, dtype=scale.dtype).index_add_(0, self.channels, scale.log())
         count = torch.zeros(size, dtype=scale.dtype).index_add_(0, self.channels, torch.ones_like(scale))
         return (total / count.clamp(min=1)).exp()[self.channels]
 
     def per_channel(self, scale: Tensor) -> Tensor:
-        """Return the factors of the channels [stop - start]; 1 for one that feeds no input."""
-        return torch.ones(self.stop - self.start, dtype=scale.dtype).index_copy_(0, self.channels, scale)
+        """Return the factors of the channels [R]; 1 for one that feeds no input."""
+        return torch.ones(len(self.rows), dtype=scale.dtype).index_copy_(0, self.channels, scale)
 
 
 class Finder:
@@ -70,7 +69,20 @@ class Finder:
         key = (type(self._original(layer)), tuple(layer.schemes), tuple(group.names))
         if key not in self._known:
             self._known[key] = self._search(layer, group) if set(group.names) <= set(layer.schemes) else None
-        return self._known[key]
+        target = self._known[key]
+        return target if target is not None and self.applies(target, layer.full(""), layer.schemes) else None
+
+    def applies(self, target: Target, prefix: str, linears: Container[str]) -> bool:
+        """Return whether a target of one layer may be one in another of its class.
+
+        Args:
+            target: of a layer with the same linears to be quantized.
+            prefix: of the names in the other layer.
+            linears: of the layer that are to be quantized.
+        """
+        if target.offset is None and target.name in linears:
+            return True
+        return prefix + target.name in self.norms and self.norms[prefix + target.name] == target.offset
 
     @staticmethod
     def _original(layer: Layer) -> nn.Module:
@@ -81,16 +93,29 @@ class Finder:
         features = layer.linear(group.names[0]).in_features
         for name in reversed(probe.before):
             module: Any = layer.module.get_submodule(name)
-            if layer.full(name) in self.norms:
-                spans = [(0, features)]
-            else:
-                rows = module.out_features
-                spans = [(0, rows), (rows // 2, rows), (0, rows // 2)] if rows == 2 * features else [(0, rows)]
-            for start, stop in spans:
-                channels = probe.channels(name, start, stop)
+            norm = layer.full(name) in self.norms
+            for rows in [torch.arange(features)] if norm else _row_sets(module.out_features, features):
+                channels = probe.channels(name, rows)
                 if channels is not None:
-                    return Target(name, start, stop, channels, self.norms.get(layer.full(name)))
+                    return Target(name, rows, channels, self.norms.get(layer.full(name)))
         return None
+
+
+def _row_sets(rows: int, features: int) -> Iterator[Tensor]:
+    """Yield which outputs of a linear may be what `features` inputs are proportional to.
+
+    All of them; a half of a fused gate and up; the values of fused queries, keys and values: as many rows as the keys, behind
+    them, of all heads or of one head after the other.
+    """
+    every = torch.arange(rows)
+    yield every
+    if rows == 2 * features:
+        yield every[features:]
+        yield every[:features]
+    values = (rows - features) // 2  # of features queries, as many keys and values
+    if values > 0 and rows == features + 2 * values and features % values == 0:
+        for heads in (n for n in range(1, values + 1) if values % n == 0):
+            yield every.view(heads, -1, values // heads)[:, -1].flatten()
 
 
 class _Probe:
@@ -140,14 +165,14 @@ class _Probe:
         finally:
             self.layer.module = original
 
-    def channels(self, name: str, start: int, stop: int) -> Tensor | None:
-        """Return which of a module's output channels each input of the group is proportional to, or None."""
+    def channels(self, name: str, rows: Tensor) -> Tensor | None:
+        """Return which of some output channels [R] of a module each input of the group is proportional to, or None."""
         generator = torch.Generator().manual_seed(0)
-        factors = 0.5 + 1.5 * torch.rand(stop - start, dtype=torch.float64, generator=generator)
+        factors = 0.5 + 1.5 * torch.rand(len(rows), dtype=torch.float64, generator=generator)
 
         def scale(module: nn.Module, args: Any, out: Tensor) -> Tensor:
             out = out.clone()
-            out[..., start:stop] *= factors
+            out[..., rows] *= factors
             return out
 
         handle = self.module.get_submodule(name).register_forward_hook(scale)
@@ -189,15 +214,17 @@ def fold(module: Any, target: Target, scale: Tensor, parameters: Callable[[str, 
         parameters: called with (name, old, new) for every parameter of a norm; returns the new one as it can be stored.
     """
     factors = target.per_channel(scale)
-    rows = slice(target.start, target.stop)
     if is_linear(module):
         for part in (module.weight, module.bias):
             if part is not None:
-                part.data[rows] /= factors if part.dim() == 1 else factors[:, None]
+                part.data[target.rows] /= factors if part.dim() == 1 else factors[:, None]
         return scale
     offset = target.offset or 0.0
     old: Any = module.weight
     new = parameters("weight", old, (old + offset) / factors - offset)
+    lost = (new + offset == 0) & (old + offset != 0)
+    if bool(lost.any()):  # a channel that rounding would switch off stays as it is
+        new = parameters("weight", old, torch.where(lost, old, new))
     exact = torch.where(new + offset == 0, factors, (old + offset) / (new + offset))
     old.data = new
     if getattr(module, "bias", None) is not None:

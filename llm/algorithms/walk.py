@@ -181,6 +181,10 @@ class Walk:
             self.hidden[sample] = out
         self._layers[layer.index].forward = self._pass_on
 
+    def skip(self, index: int) -> None:
+        """Go on to the next layer with the inputs of this one."""
+        self._layers[index].forward = self._pass_on
+
     def run_layer(self, layer: Layer, sample: int, tokens: int | None, dtype: torch.dtype) -> Tensor:
         """See `Layer.run`."""
         hidden, out = self.hidden[sample][:, :tokens].to(dtype), None

@@ -6,32 +6,42 @@ import torch
 from torch import Tensor
 
 
-def columns_by_group(name: str, group_index: Tensor, group: int, groups: int) -> Tensor | None:
-    """Return the order of columns in which groups lie together, or None where they do already.
+def read_order(
+    name: str, table: Tensor, groups: int, group_size: int, unused: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what a table of groups asks for: (perm, blocks).
+
+    perm: int32 [K], a `Weight.perm` that sorts the columns by group, None where they are in order. blocks: int64 [G], the group whose
+    scales and zeros each run of `group_size` columns uses, None where it is its own (whole groups may have changed places).
 
     Args:
         name: of the table, for messages.
-        group_index: integers [K], the group of every column.
-        group: columns of a group; the last one may have fewer.
+        table: integers [K], the group of every column.
         groups: G.
-
-    Returns:
-        int32 [K], a `Weight.perm`.
+        group_size: columns of a group, -1 for all; the last one may have fewer.
+        unused: the value all through a table that nobody filled in, None where it must be filled in.
 
     Raises:
-        ValueError: an index is not in 0 .. G - 1, or a group has more or fewer columns than `group`.
+        ValueError: a group does not exist, or groups do not have group_size members (the last may have fewer).
     """
-    index = group_index.long()
-    if bool((index == index[:1]).all()) and int(index[0]) == -1:  # written by packages that leave the table unused
-        return None
-    low, high = int(index.min()), int(index.max())
+    k = table.shape[0]
+    group = k if group_size == -1 else min(group_size, k)
+    low, high = int(table.min()), int(table.max())
+    if low == high == unused:
+        return None, None
     if low < 0 or high >= groups:
-        raise ValueError(f"{name} has the group {low if low < 0 else high}; valid: 0 to {groups - 1}")
-    counts = torch.bincount(index, minlength=groups)
-    expected = torch.full_like(counts, group)
-    expected[-1] = len(index) - group * (groups - 1)
-    if not torch.equal(counts, expected):
-        wrong = int((counts != expected).nonzero()[0])
-        raise ValueError(f"{name} gives group {wrong} {int(counts[wrong])} columns; expected {int(expected[wrong])}")
-    order = index.argsort(stable=True).int()
-    return None if bool((index[1:] >= index[:-1]).all()) else order
+        raise ValueError(f"{name} has values {low} .. {high}; valid: 0 .. {groups - 1}, the groups of scales")
+    own = torch.arange(k, dtype=table.dtype) // group
+    if torch.equal(table, own):
+        return None, None
+    blocks = table[::group].long()
+    if low != high and torch.equal(table, blocks.repeat_interleave(group)[:k].to(table.dtype)):
+        return None, blocks
+    ordered, perm = torch.sort(table, stable=True)
+    if not torch.equal(ordered, own):
+        counts = torch.bincount(table.long(), minlength=groups)
+        wrong = int((counts != torch.bincount(own.long(), minlength=groups)).nonzero()[0])
+        raise ValueError(
+            f"{name} gives group {wrong} {int(counts[wrong])} inputs; expected group_size = {group} each, the last group the rest"
+        )
+    return perm.to(torch.int32), None

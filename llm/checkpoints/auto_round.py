@@ -57,9 +57,11 @@ class AutoRoundReader:
         self.patterns = [(_pattern(key), part) for key, part in extra.items()]
         for key, part in read_table(config, "dynamic").items():
             excluding = {"bits": 16} if key.startswith("-:") else part
-            self.patterns.append((compile_pattern(_without_sign(key), "dynamic"), excluding))
+            self.patterns.append((compile_pattern(_without_sign(key), "quantization_config.dynamic"), excluding))
         excluded = read_names(config, "modules_to_not_convert")
-        self.patterns += [(compile_pattern(text, "modules_to_not_convert"), {"bits": 16}) for text in excluded]
+        self.patterns += [
+            (compile_pattern(text, "quantization_config.modules_to_not_convert"), {"bits": 16}) for text in excluded
+        ]
         for _, part in (*self.patterns, (None, {})):
             self._merged(part)
 
@@ -145,7 +147,7 @@ def _pattern(key: str) -> re.Pattern[str]:
     """Return the expression of a key of extra_config; a plain name stands for whole parts of names ("gate", not "gate_proj")."""
     text = _without_sign(key)
     plain = re.fullmatch(r"[\w.]+", text)
-    return compile_pattern(rf"(^|\.){re.escape(text)}(\.|$)" if plain else text, "extra_config")
+    return compile_pattern(rf"(^|\.){re.escape(text)}(\.|$)" if plain else text, "quantization_config.extra_config")
 
 
 def _without_sign(key: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .entries import FLOATING, SCALES, entries_of, expect, read_bool, read_int, read_names, read_text
+from .entries import SCALES, entries_of, expect, expect_bias, read_bool, read_int, read_names, read_text
 from .fields import unpack_fields
 from .integers import coded_weight, groups_of, integer_layout
 from .reader import Entry, Weight
@@ -82,7 +82,7 @@ def check_awq(
     expect(name, "qweight", found, (in_features, out_features // 8), (torch.int32,))
     expect(name, "scales", found, (groups, out_features), SCALES)
     expect(name, "qzeros", found, (groups, out_features // 8), (torch.int32,), required=zero_point)
-    expect(name, "bias", found, (out_features,), FLOATING, required=False)
+    expect_bias(name, found, out_features)
     integer_layout(name, 4, True, group_size, torch.float16, in_features)
 
 

@@ -25,20 +25,20 @@ from torch import Tensor
 
 from ...ops.formats import Layout, join_codes
 from ..linear import Canonical
-from .act_order import columns_by_group
-from .entries import entries_of
+from .act_order import read_order
+from .entries import SCALES, compile_pattern, entries_of, expect, expect_bias, expect_finite
 from .fields import canonical_codes, unpack_fields, words
 from .reader import Entry, Weight
-from .scales import SCALE_DTYPES, Grid, check_bias, finite, require
+from .scales import Grid
 
 QUANT_METHOD = "compressed-tensors"
 _READABLE = (
     "pack-quantized (int, 2, 4 or 8 bits), int-quantized and naive-quantized (int, up to 8 bits), float-quantized and "
     "naive-quantized (float, 8 bits), with weight scales per tensor, channel, group or block"
 )
+#: Values of actorder. With "weight" (or "static") groups are of neighbouring columns.
+_ORDERS = (None, False, True, "group", "weight", "dynamic", "static")
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
-#: Longest pattern and most repetitions in it: matching a name of a hundred letters then takes well under a second.
-_PATTERN_LETTERS, _PATTERN_REPEATS = 1000, 4
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -57,6 +57,7 @@ class Scheme:
         symmetric: whether the zero point is 0.
         grid: of the scales.
         targets: names, ``re:`` patterns or the class Linear.
+        ordered: whether columns were grouped by importance, so that a table must say which group each belongs to.
     """
 
     packed: bool
@@ -65,6 +66,7 @@ class Scheme:
     symmetric: bool
     grid: Grid
     targets: tuple[str, ...]
+    ordered: bool = False
 
     def layout(self, scale_dtype: torch.dtype) -> Layout:
         """Return the layout of the canonical weight."""
@@ -117,30 +119,30 @@ class CompressedTensorsReader:
     def quantizes(self, name: str, found: Mapping[str, Entry]) -> bool:
         """Return whether there are tensors of a quantized linear."""
         weight = found.get("weight")
-        plain = weight is None or weight.dtype in SCALE_DTYPES
+        plain = weight is None or weight.dtype in SCALES
         return "weight_packed" in found or (weight is not None and ("weight_scale" in found or not plain))
 
     def check(self, name: str, in_features: int, out_features: int, found: Mapping[str, Entry]) -> None:
         """Check shapes and dtypes; see `Reader`."""
         scheme = self._required_scheme(name)
         n, k = out_features, in_features
-        scale = require(name, found, "weight_scale", scheme.grid.shapes(n, k), SCALE_DTYPES)
+        scale = expect(name, "weight_scale", found, scheme.grid.shapes(n, k), SCALES)
+        assert scale is not None
         _layout(name, scheme, scale.dtype)
         if scheme.packed:
-            require(name, found, "weight_packed", [(n, words(k, scheme.bits))], (torch.int32,))
+            expect(name, "weight_packed", found, (n, words(k, scheme.bits)), (torch.int32,))
         else:
-            require(name, found, "weight", [(n, k)], (torch.float8_e4m3fn if scheme.floating else torch.int8,))
+            expect(name, "weight", found, (n, k), (torch.float8_e4m3fn if scheme.floating else torch.int8,))
         if not scheme.symmetric or "weight_zero_point" in found:
             packed = scheme.packed and not scheme.symmetric and scheme.grid.rows == 1
             groups = scheme.grid.counts(n, k)[1]
-            shapes = [(words(n, scheme.bits), groups)] if packed else scheme.grid.shapes(n, k)
+            shapes: Any = [(words(n, scheme.bits), groups)] if packed else scheme.grid.shapes(n, k)
             kinds = (torch.int32,) if packed else (*_INTEGERS, torch.float8_e4m3fn) if scheme.floating else _INTEGERS
-            require(name, found, "weight_zero_point", shapes, kinds)
-        if "weight_shape" in found:
-            require(name, found, "weight_shape", [(2,)], (torch.int32, torch.int64))
-        if "weight_g_idx" in found:
-            require(name, found, "weight_g_idx", [(k,)], (torch.int32, torch.int64))
-        check_bias(name, found, n)
+            expect(name, "weight_zero_point", found, shapes, kinds)
+        expect(name, "weight_shape", found, (2,), (torch.int32, torch.int64), required=False)
+        ordered = scheme.ordered and scheme.grid.counts(n, k)[1] > 1
+        expect(name, "weight_g_idx", found, (k,), (torch.int32, torch.int64), required=ordered)
+        expect_bias(name, found, n)
 
     def read(self, name: str, in_features: int, out_features: int, tensors: Mapping[str, Tensor]) -> Weight:
         """Return the weight; see `Reader`."""
@@ -149,14 +151,18 @@ class CompressedTensorsReader:
         if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [out_features, in_features]:
             shape = tensors["weight_shape"].tolist()
             raise ValueError(f"{name}.weight_shape is {shape}; expected {[out_features, in_features]}, the model's")
-        scales = finite(name, "weight_scale", tensors["weight_scale"])
-        scales = scheme.grid.spread(scales, out_features, in_features)
+        for key in ("weight_scale", "bias"):
+            expect_finite(f"{name}.{key}", tensors.get(key))
+        scales = scheme.grid.spread(tensors["weight_scale"], out_features, in_features)
         layout = _layout(name, scheme, scales.dtype)
         zeros = _zeros(name, scheme, out_features, in_features, tensors.get("weight_zero_point"))
-        perm = None
-        if "weight_g_idx" in tensors and scheme.grid.columns != -1:
-            sizes = layout.geometry(in_features)
-            perm = columns_by_group(f"{name}.weight_g_idx", tensors["weight_g_idx"], sizes.group, sizes.groups)
+        perm, blocks = None, None
+        if "weight_g_idx" in tensors:  # all -1: written by packages that leave the table unused
+            table, groups = tensors["weight_g_idx"], scales.shape[1]
+            perm, blocks = read_order(f"{name}.weight_g_idx", table, groups, scheme.grid.columns, -1)
+        if blocks is not None:
+            scales = scales.index_select(1, blocks)
+            zeros = None if zeros is None else zeros.index_select(1, blocks)
         codes = _codes(name, scheme, in_features, tensors, perm)
         return Weight(layout, Canonical(codes, scales, zeros), perm, tensors.get("bias"))
 
@@ -170,7 +176,9 @@ class CompressedTensorsReader:
 def _codes(name: str, scheme: Scheme, in_features: int, tensors: Mapping[str, Tensor], perm: Tensor | None) -> Tensor:
     """Return canonical codes, their columns in the order `perm`."""
     if scheme.floating:
-        return finite(name, "weight", tensors["weight"]).contiguous().view(torch.uint8)
+        expect_finite(f"{name}.weight", tensors["weight"])
+        codes = tensors["weight"].contiguous().view(torch.uint8)
+        return codes if perm is None else codes.index_select(1, perm)
     bits = scheme.bits if scheme.packed else 8
     if scheme.packed and perm is None and bits in (4, 8):
         return canonical_codes(tensors["weight_packed"], bits, in_features).contiguous()
@@ -234,7 +242,11 @@ def _scheme(name: str, group: Any, default: Any) -> Scheme:
         raise ValueError(f"config_groups[{name!r}] has symmetric {symmetric!r}; valid: True, and False for integers")
     grid = _grid(name, weights)
     targets = _names(f"config_groups[{name!r}].targets", group.get("targets"))
-    return Scheme(form == "pack-quantized", kind == "float", int(bits), symmetric, grid, targets)
+    order = weights.get("actorder")
+    if not any(order is valid or (order == valid and isinstance(order, str)) for valid in _ORDERS):
+        raise ValueError(f"config_groups[{name!r}] has actorder {order!r:.100}; valid: {', '.join(map(repr, _ORDERS))}")
+    ordered = order in (True, "group", "dynamic")
+    return Scheme(form == "pack-quantized", kind == "float", int(bits), symmetric, grid, targets, ordered)
 
 
 def _grid(name: str, weights: Mapping[str, Any]) -> Grid:
@@ -274,17 +286,8 @@ def _names(key: str, entries: Any) -> tuple[str, ...]:
     if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) for entry in entries):
         raise ValueError(f"{key} is {entries!r:.200}; expected a list of names and 're:' patterns")
     for entry in entries:
-        if not entry.startswith("re:"):
-            continue
-        costly = len(entry) > _PATTERN_LETTERS or len(re.findall(r"[*+{]", entry)) > _PATTERN_REPEATS
-        if costly or re.search(r"\)[*+{]", entry):
-            raise ValueError(
-                f"{key} has the pattern {entry!r:.200}; valid: up to {_PATTERN_REPEATS} repetitions, none of a group"
-            )
-        try:
-            re.compile(entry[3:])
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{key} has the pattern {entry!r:.200}: {error}") from None
+        if entry.startswith("re:"):
+            compile_pattern(entry[3:], key)
     return tuple(entries)
 
 

@@ -10,9 +10,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..experts import PARTS
+from ..linear import CanonicalLinear
 from .files import TensorFiles
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+#: Values that a byte of a file can stand for (weights of 2 bits), and values that a model may have besides.
+_VALUES_PER_BYTE, _MORE_VALUES = 4, 1 << 26
 
 
 class ModelNames:
@@ -65,6 +70,22 @@ class ModelNames:
         return (owner, f"{number[1]}.{parts[sources.index(pattern)]}") if len(parts) == len(sources) else None
 
 
+def check_values(model: torch.nn.Module, size: int) -> None:
+    """Raise ValueError if a model has far more values than a checkpoint of so many bytes can hold.
+
+    Args:
+        model: on the meta device.
+        size: bytes of the weights.
+    """
+    most = _VALUES_PER_BYTE * size + _MORE_VALUES
+    for kind, tensors in (("parameters", model.parameters()), ("buffers", model.buffers())):
+        count = sum(t.numel() for t in tensors)
+        if count > most:
+            raise ValueError(
+                f"config.json asks for {count} values of {kind}; the checkpoint's weights have {size} bytes: it is damaged"
+            )
+
+
 def check_contents(model: Any, files: TensorFiles, names: ModelNames) -> None:
     """Raise ValueError unless the files have every tensor that the model loads from them, with its shape and kind.
 
@@ -73,27 +94,34 @@ def check_contents(model: Any, files: TensorFiles, names: ModelNames) -> None:
         files: of the checkpoint.
         names: of the model before linears were replaced.
     """
+    check_values(model, files.nbytes)
     wanted = model.state_dict()
-    found: set[str] = set()
+    found: dict[str, str] = {}
+    exact = {f"{n}.{b}" for n, m in model.named_modules() if isinstance(m, CanonicalLinear) for b in m._buffers}
     for key, entry in files.entries.items():
-        for name in dict.fromkeys((key, names.of(key)[0])):
+        renamed, computed = names.of(key)
+        for name in dict.fromkeys((key, renamed)):
             if name not in wanted:
                 continue
-            found.add(name)
+            if name == renamed and not computed and name in found:
+                raise ValueError(f"{found[name]} and {key} are both the model's {name}")
+            found[name] = key
             tensor = wanted[name]
-            if names.of(key)[1]:
+            if computed:
                 continue
             if tuple(tensor.shape) != entry.shape:
                 raise ValueError(
                     f"{key} has shape {list(entry.shape)}; expected {list(tensor.shape)}, a size of the model"
                 )
-            if entry.dtype != tensor.dtype and not (tensor.dtype in _FLOATING and entry.dtype in _FLOATING):
+            alike = name not in exact and tensor.dtype in _FLOATING and entry.dtype in _FLOATING
+            if entry.dtype != tensor.dtype and not alike:
                 raise ValueError(f"{key} has dtype {_short(entry.dtype)}; expected {_short(tensor.dtype)}")
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    found |= {target for target, source in tied.items() if source in found}
-    found |= {source for target, source in tied.items() if target in found}
+    known = set(found)
+    known |= {target for target, source in tied.items() if source in known}
+    known |= {source for target, source in tied.items() if target in known}
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
-    missing = [n for n in wanted if n not in found and not any(p.search(n) for p in ignored)]
+    missing = [n for n in wanted if n not in known and not any(p.search(n) for p in ignored)]
     if missing:
         more = f" and {len(missing) - 1} more tensors of the model" if len(missing) > 1 else ""
         raise ValueError(f"the checkpoint has no {missing[0]}{more}")

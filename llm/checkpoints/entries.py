@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from math import factorial, inf, prod
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from torch import Tensor
 
 from .reader import Entry
 
-SCALES = (torch.float16, torch.bfloat16, torch.float32)
+#: Dtypes that the scales of a layout of integers may have.
+SCALES = (torch.float32, torch.bfloat16, torch.float16)
 FLOATING = (*SCALES, torch.float64)
+_PART = 1 << 22  # values looked at together
+#: Of a pattern: letters, repetitions, ways to match a name of usual length.
+_PATTERN_LETTERS, _PATTERN_REPEATS, _PATTERN_WAYS, _NAME_LETTERS = 1000, 4, 1 << 24, 64
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
@@ -24,21 +29,42 @@ def expect(
     name: str,
     suffix: str,
     found: Mapping[str, Entry],
-    shape: Sequence[int],
+    shapes: tuple[int, ...] | list[tuple[int, ...]],
     dtypes: Collection[torch.dtype],
     required: bool = True,
-) -> None:
-    """Raise ValueError unless the tensor `name.suffix` is there (if required) with this shape and one of these dtypes."""
+) -> Entry | None:
+    """Return the entry of the tensor `name.suffix`, None where it is absent and not required.
+
+    Raises:
+        ValueError: it is missing, or has another shape (than one of `shapes`) or dtype; the message says which and what is valid.
+    """
     entry = found.get(suffix)
     if entry is None:
         if required:
-            raise ValueError(f"{name}.{suffix} is missing; the checkpoint has {_listed(found)}")
-        return
-    if tuple(entry.shape) != tuple(shape):
-        raise ValueError(f"{name}.{suffix} has shape {list(entry.shape)}; expected {list(shape)}")
+            raise ValueError(f"the checkpoint has no {name}.{suffix}; it has {_listed(found)}")
+        return None
+    valid_shapes = shapes if isinstance(shapes, list) else [shapes]
+    if tuple(entry.shape) not in valid_shapes:
+        valid = " or ".join(str(list(s)) for s in valid_shapes)
+        raise ValueError(f"{name}.{suffix} has shape {list(entry.shape)}; expected {valid}")
     if entry.dtype not in dtypes:
         valid = ", ".join(str(d)[6:] for d in dtypes)
         raise ValueError(f"{name}.{suffix} has dtype {str(entry.dtype)[6:]}; valid: {valid}")
+    return entry
+
+
+def expect_bias(name: str, found: Mapping[str, Entry], out_features: int) -> None:
+    """Raise ValueError if there is a bias that is not floating [N]."""
+    expect(name, "bias", found, (out_features,), FLOATING, required=False)
+
+
+def expect_none(name: str, found: Mapping[str, Entry], suffixes: Collection[str]) -> None:
+    """Raise ValueError if there is a tensor that changes the weight in a way that is not read."""
+    wrong = [suffix for suffix in suffixes if suffix in found]
+    if wrong:
+        raise ValueError(
+            f"{name}.{wrong[0]} is there: it changes the weight, and a format of scales alone does not say how"
+        )
 
 
 def _listed(found: Mapping[str, Entry]) -> str:
@@ -46,11 +72,16 @@ def _listed(found: Mapping[str, Entry]) -> str:
     return ", ".join(shown) + (", ..." if len(found) > 8 else "") if shown else "no tensor of this layer"
 
 
-def expect_finite(name: str, tensor: Tensor) -> None:
+def expect_finite(name: str, tensor: Tensor | None) -> None:
     """Raise ValueError if a value is NaN or infinite."""
-    wrong = int((~torch.isfinite(tensor)).sum())
+    if tensor is None:
+        return
+    parts = tensor.reshape(-1).split(_PART)
+    if torch.finfo(tensor.dtype).bits == 8:  # torch looks at these as float32 only
+        parts = (part.float() for part in parts)
+    wrong = sum(int((~torch.isfinite(part)).sum()) for part in parts)
     if wrong:
-        raise ValueError(f"{name} has {wrong} NaN or infinite values of {tensor.numel()}")
+        raise ValueError(f"{name} has NaN or infinite values, {wrong} of {tensor.numel()}; the checkpoint is damaged")
 
 
 def read_int(config: Mapping[str, Any], key: str, default: int, valid: Sequence[int] | str, where: str = "") -> int:
@@ -128,11 +159,19 @@ def compile_pattern(text: str, key: str) -> re.Pattern[str]:
     """Return a regular expression of a configuration, which a stranger wrote.
 
     Raises:
-        ValueError: it is none, or repeats a group that repeats something (time grows exponentially with the name).
+        ValueError: it is none, or could take long to match: Python's matcher tries every way in which repetitions, options and
+            choices can share the letters of a name.
     """
-    if len(text) > 4096 or re.search(r"\([^)]*[*+}][^)]*\)+[*+{]", text):
-        raise ValueError(f"quantization_config.{key} has a pattern of nested repetitions: {text[:80]!r}")
+    bare = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "x", text) if len(text) <= _PATTERN_LETTERS else text
+    repeats, options = len(re.findall(r"[*+{]", bare)), len(re.findall(r"(?<![(*+?}])\?", bare))
+    choices = prod(part.count("|") + 1 for part in re.split(r"[()]", bare))
+    ways = _NAME_LETTERS**repeats // factorial(repeats) * 2**options * choices if repeats <= _PATTERN_REPEATS else inf
+    if len(text) > _PATTERN_LETTERS or ways > _PATTERN_WAYS or re.search(r"\)[*+{]", bare):
+        raise ValueError(
+            f"{key} has the pattern {text[:80]!r}, which could take long; valid: up to {_PATTERN_REPEATS} repetitions, none of a "
+            f"group, few choices, up to {_PATTERN_LETTERS} letters"
+        )
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"quantization_config.{key} has {text[:80]!r}, no regular expression: {error}") from None
+        raise ValueError(f"{key} has {text[:80]!r}, no regular expression: {error}") from None

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ...ops.formats import Layout
 from ..linear import Canonical
-from .entries import entries_of
+from .entries import SCALES, entries_of, expect, expect_bias, expect_finite, expect_none
 from .reader import Entry, Weight
-from .scales import SCALE_DTYPES, Grid, check_bias, finite, require, tensor_or_rows
+from .scales import OTHERS, Grid, tensor_or_rows
 
 _METHODS = ("fp8", "fbgemm_fp8", "w8a8_fp8")
 _FORMATS = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 _NAMES = ("weight_scale_inv", "weight_scale")
-_DTYPES = (*SCALE_DTYPES, torch.float8_e8m0fnu)
+_DTYPES = (*SCALES, torch.float8_e8m0fnu)
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -71,22 +71,25 @@ class Fp8BlocksReader:
 
     def check(self, name: str, in_features: int, out_features: int, found: Mapping[str, Entry]) -> None:
         """Check shapes and dtypes; see `Reader`."""
-        require(name, found, "weight", [(out_features, in_features)], tuple(_FORMATS))
+        expect(name, "weight", found, (out_features, in_features), tuple(_FORMATS))
         suffix = _suffix(found)
+        expect_none(name, found, [*OTHERS, *(key for key in _NAMES if key != suffix)])
         grid = self._grid(suffix, found)
         dtypes = (*_DTYPES, torch.uint8) if self.bytes_are_exponents else _DTYPES
-        require(name, found, suffix, grid.shapes(out_features, in_features), dtypes)
-        check_bias(name, found, out_features)
+        expect(name, suffix, found, grid.shapes(out_features, in_features), dtypes)
+        expect_bias(name, found, out_features)
 
     def read(self, name: str, in_features: int, out_features: int, tensors: Mapping[str, Tensor]) -> Weight:
         """Return the weight; see `Reader`."""
         found = entries_of(tensors)
         self.check(name, in_features, out_features, found)
         suffix = _suffix(found)
-        scales, weight = tensors[suffix], finite(name, "weight", tensors["weight"])
+        scales, weight = tensors[suffix], tensors["weight"]
         if scales.dtype == torch.uint8:
             scales = scales.view(torch.float8_e8m0fnu)
-        exponents = finite(name, suffix, scales).dtype == torch.float8_e8m0fnu
+        for key, tensor in (("weight", weight), (suffix, scales), ("bias", tensors.get("bias"))):
+            expect_finite(f"{name}.{key}", tensor)
+        exponents = scales.dtype == torch.float8_e8m0fnu
         grid = self._grid(suffix, found)
         scales = grid.spread(scales.view(torch.uint8) if exponents else scales, out_features, in_features)
         if exponents:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..optimize import optimize
 from ..plan import is_linear
 from ..quantization import WeightOnlyQuantConfig
 from .ggml_blocks import EXACT, GROUP, canonical_blocks
-from .gguf_header import Header, TensorInfo, read_header
+from .gguf_header import Header, TensorInfo, read_parts
 from .gguf_rope import FACTORS, rope_scaling
 from .reader import Weight
 from .stored import untie
@@ -43,11 +43,16 @@ def load(
 ) -> Any:
     """Return the optimized model of a GGUF file; linears in Q4_0, Q8_0, Q5_0 and IQ4_NL keep their exact weights.
 
+    Linears of other types (K-quants) have no exact counterpart: pass a dtype, as which they are dequantized, or a quantization_config,
+    by which they are quantized anew. Without either only the output head may be of such a type: it stays floating point, and a
+    warning says so.
+
     Args:
-        path: of the file (not split). The tokenizer is in it too: ``AutoTokenizer.from_pretrained(directory, gguf_file=name)``.
+        path: of the file, or of the first part of a split one, the others beside it. The tokenizer is in it too:
+            ``AutoTokenizer.from_pretrained(directory, gguf_file=name)``.
         dtype: of everything that stays floating point, to which embeddings in blocks are rounded; "auto": float32 if nothing in
             the file is smaller, float16 if that is all it has beside float32, else bfloat16.
-        quantization_config: how linears of other types are quantized anew; None: they stay floating point, and a warning says so.
+        quantization_config: how linears of other types are quantized anew; None: they stay floating point, if a dtype is given.
         compute_dtype: of the products, as in `WeightOnlyQuantConfig`; not read when that is given.
         strict: raise when a linear's blocks have no exact counterpart, and whatever `optimize` raises for.
         options: of `optimize`, such as kv_dtype.
@@ -55,25 +60,35 @@ def load(
     Raises:
         ImportError: the package gguf is not installed.
         ValueError: the file is damaged, of a model that transformers cannot name the tensors of, lacks a tensor, or holds values
-            that are NaN or infinite; or see strict.
+            that are NaN or infinite; linears are of other types and neither dtype nor quantization_config is given; or see strict.
     """
-    model, inexact = read_model(path, dtype)
-    if inexact and quantization_config is None:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(inexact.values()).most_common())
-        message = f"{os.fspath(path)} has linears of types without an exact counterpart here ({kinds}; exact: {', '.join(EXACT)})"
-        if strict:
-            raise ValueError(f"{message}; pass a quantization_config to quantize these anew, or strict=False")
-        warnings.warn(f"{message}: they stay {model.dtype}", stacklevel=2)
+    made = _prepared(path, dtype)
+    if made.inexact and quantization_config is None:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(made.inexact.values()).most_common())
+        message = f"{os.fspath(path)} has weights that no packed format here holds exactly ({kinds}; exact: linears in {', '.join(EXACT)})"
+        if strict or (dtype == "auto" and made.inexact.keys() - {made.head}):
+            raise ValueError(
+                f"{message}; pass dtype=torch.float32 to have them as ggml dequantizes them, torch.bfloat16 or torch.float16 to round "
+                f"that, or a quantization_config to quantize them anew{'; or strict=False' if strict else ''}"
+            )
+        warnings.warn(f"{message}: they stay floating point, {made.dtype}", stacklevel=2)
+    model = made.read()
     config = quantization_config or _stored_config(model, compute_dtype)
     return optimize(model, inplace=True, quantization_config=config, strict=strict, **options)
 
 
 def read_model(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> tuple[Any, dict[str, str]]:
     """Return the model with `CanonicalLinear`s, not yet optimized, and its linears that were dequantized: name -> ggml type."""
+    made = _prepared(path, dtype)
+    return made.read(), made.inexact
+
+
+def _prepared(path: str | os.PathLike[str], dtype: torch.dtype | str) -> _Model:
+    """Return a model that is not filled yet."""
     if dtype not in ("auto", torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype!r}; valid: 'auto', torch.float32, torch.bfloat16, torch.float16")
     file = _File(path)
-    return _Model(file, dtype if isinstance(dtype, torch.dtype) else _dtype(file)).read()
+    return _Model(file, dtype if isinstance(dtype, torch.dtype) else _dtype(file))
 
 
 class _File:
@@ -89,7 +104,7 @@ class _File:
         self.kinds = {int(kind): kind.name for kind in gguf.GGML_QUANT_SIZES}
         blocks = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
         self.blocks = blocks
-        self.header: Header = read_header(self.path, blocks)
+        self.header: Header = read_parts(self.path, blocks)
         self.architecture: str = self.header.values["general.architecture"]
 
     def configuration(self) -> Any:
@@ -103,6 +118,8 @@ class _File:
 
         try:
             fields = load_gguf_checkpoint(self.path, return_tensors=False)["config"]
+            if "output.weight" in self.header.tensors:  # transformers looks for it in the first part alone
+                fields["tie_word_embeddings"] &= all(t.path == self.path for t in self.header.tensors.values())
             width = self.header.values.get(f"{self.architecture}.attention.key_length")
             if width is not None:  # transformers reads it for some architectures only
                 fields["head_dim"] = width
@@ -113,15 +130,25 @@ class _File:
             layers = fields.get("num_hidden_layers")
             if not isinstance(layers, int) or not 0 < layers <= len(self.header.tensors):
                 raise ValueError(f"num_hidden_layers is {layers!r:.100}; it has {len(self.header.tensors)} tensors")
-            factors = self.header.tensors.get(FACTORS)
-            scaling = rope_scaling(
-                self.header.values, self.architecture, None if factors is None else self.floats(factors), fields
-            )
+            scaling = rope_scaling(self.header.values, self.architecture, self._factors(fields), fields)
             if scaling is not None:
                 fields["rope_scaling"] = scaling
             return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
         except Exception as error:  # whatever strange metadata make transformers raise
             raise ValueError(f"{self.path}: no configuration can be made of its metadata: {error!r:.500}") from error
+
+    def _factors(self, fields: Mapping[str, Any]) -> Tensor | None:
+        """Return what each frequency of the rotation is divided by, None where nothing is said."""
+        factors = self.header.tensors.get(FACTORS)
+        if factors is None:
+            return None
+        width = fields.get("head_dim") or _largest(fields["hidden_size"]) // _largest(fields["num_attention_heads"])
+        width = self.header.values.get(f"{self.architecture}.rope.dimension_count", width)
+        if factors.shape != (width // 2,):
+            raise ValueError(
+                f"{FACTORS} has shape {list(factors.shape)}; expected {[width // 2]}, one for each frequency"
+            )
+        return self.floats(factors)
 
     def kind(self, info: TensorInfo) -> str:
         """Return the name of a tensor's type."""
@@ -131,11 +158,11 @@ class _File:
         """Return a tensor's bytes, uint8 [rows, bytes of a row], in memory of their own."""
         values, size = self.blocks[info.kind]
         row = info.shape[-1] // values * size
-        with open(self.path, "rb") as file:
+        with open(info.path, "rb") as file:
             file.seek(info.start)
             content = bytearray(info.size)
             if file.readinto(content) != info.size:
-                raise ValueError(f"{self.path} became shorter while it was read")
+                raise ValueError(f"{info.path} became shorter while it was read")
         return torch.frombuffer(content, dtype=torch.uint8).view(-1, row)
 
     def dequantized(self, kind: int) -> Callable[[Tensor], Tensor]:
@@ -184,15 +211,25 @@ class _Model:
         except Exception as error:  # sizes that do not go together
             raise ValueError(f"{file.path}: no model can be made of its metadata: {error!r:.500}") from error
         self.converted: dict[str, Any] = {"tensors": {}}
-        self.inexact: dict[str, str] = {}
-
-    def read(self) -> tuple[Any, dict[str, str]]:
-        """Return the model and its linears that were dequantized."""
-        model, tensors = self.model, self.file.header.tensors
+        ends = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        self.head, self.embedding = (next((n for n, m in self.model.named_modules() if m is end), "") for end in ends)
         self._check()
-        head = model.get_output_embeddings()
-        head_name = next((n for n, m in model.named_modules() if m is head), "")
-        embedding = next((n for n, m in model.named_modules() if m is model.get_input_embeddings()), "")
+        self.inexact = self._inexact()
+
+    def _inexact(self) -> dict[str, str]:
+        """Return the weights besides the embedding that are in blocks and have to be dequantized: name -> ggml type."""
+        found = {}
+        for info in self.file.header.tensors.values():
+            name, kind = self.names.get(info.name, ""), self.file.kind(info)
+            if kind in _FLOATS or len(info.shape) < 2 or name == f"{self.embedding}.weight":
+                continue
+            if not (name.endswith(".weight") and self._exact(name[:-7], info)):
+                found[name.removesuffix(".weight") or info.name] = kind
+        return found
+
+    def read(self) -> Any:
+        """Return the model."""
+        model, tensors, head_name, embedding = self.model, self.file.header.tensors, self.head, self.embedding
         tied = model.config.get_text_config(decoder=True).tie_word_embeddings
         for info in tensors.values():
             name = self.names.get(info.name, "")
@@ -211,7 +248,7 @@ class _Model:
         lacking = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
         if lacking:
             raise ValueError(f"{self.file.path} has nothing for {', '.join(lacking[:3])} ({len(lacking)} tensors)")
-        return model.eval(), self.inexact
+        return model.eval()
 
     def _check(self) -> None:
         """Check shapes by the header, before memory is taken."""
@@ -269,11 +306,6 @@ class _Model:
         self.model.set_submodule(name, new)
 
     def _set_floats(self, name: str, info: TensorInfo) -> None:
-        kind = self.file.kind(info)
-        if kind not in ("F32", "F16", "BF16", "F64") and is_linear(
-            self.model.get_submodule(name.removesuffix(".weight"))
-        ):
-            self.inexact[name.removesuffix(".weight")] = kind
         order = self._rows(info) if len(info.shape) == 2 else None
         if order is not None and torch.equal(order, torch.arange(len(order))):
             self._set(name, self.file.floats(info, self.dtype))  # large tables: never as a whole in float32

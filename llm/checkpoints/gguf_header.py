@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 from collections.abc import Mapping
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ _STRING, _ARRAY = 8, 9
 #: 250 bytes for each, so that a file of a few MB could ask for all memory.
 MAX_ELEMENTS = 1 << 21
 MAX_PAIRS = MAX_TENSORS = 1 << 16
+_MERGE = "give the first part, or join them: gguf-split --merge FIRST-PART.gguf WHOLE.gguf"
 MAX_NAME, MAX_DIMENSIONS, MAX_ALIGNMENT = 1024, 4, 1 << 16
 
 
@@ -35,6 +38,7 @@ class TensorInfo(NamedTuple):
         kind: number of its ggml type.
         start: of its bytes in the file.
         size: in bytes.
+        path: of the file.
     """
 
     name: str
@@ -42,6 +46,7 @@ class TensorInfo(NamedTuple):
     kind: int
     start: int
     size: int
+    path: str
 
 
 class Header(NamedTuple):
@@ -56,12 +61,49 @@ class Header(NamedTuple):
     tensors: dict[str, TensorInfo]
 
 
-def read_header(path: str | os.PathLike[str], blocks: Mapping[int, tuple[int, int]]) -> Header:
+def read_parts(path: str | os.PathLike[str], blocks: Mapping[int, tuple[int, int]]) -> Header:
+    """Return the header of a file, or of a model that is split into files (part-00001-of-00003.gguf, ...): the first has the metadata.
+
+    Args: as of `read_header`; path: of the first part.
+
+    Raises:
+        ValueError: as `read_header`; a part is not there, or is none of this model.
+    """
+    path = os.fspath(path)
+    header = read_header(path, blocks)
+    parts = header.values.get("split.count", 1)
+    if parts in (0, 1):
+        return header
+    name = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path, re.DOTALL)
+    if name is None or int(name[2]) != parts or header.values.get("split.no") != 0:
+        raise ValueError(
+            f"{path} says that it is one of {parts!r:.40} files, but is not called ...-00001-of-0000N.gguf; {_MERGE}"
+        )
+    tensors = dict(header.tensors)
+    for number in range(1, parts):
+        part = f"{name[1]}-{number + 1:05d}-of-{parts:05d}.gguf"
+        if not os.path.isfile(part):
+            raise ValueError(
+                f"{part} is not there: the model is split into {parts} files, which must lie together; {_MERGE}"
+            )
+        found = read_header(part, blocks, number)
+        if found.values.get("split.count") != parts or not tensors.keys().isdisjoint(found.tensors):
+            raise ValueError(f"{part} does not belong to {path}: it counts other parts, or has tensors of another one")
+        tensors.update(found.tensors)
+    if header.values.get("split.tensors.count", len(tensors)) != len(tensors):
+        raise ValueError(
+            f"{path} says that its parts have {header.values['split.tensors.count']!r:.40} tensors; they have {len(tensors)}"
+        )
+    return Header(header.values, tensors)
+
+
+def read_header(path: str | os.PathLike[str], blocks: Mapping[int, tuple[int, int]], part: int = 0) -> Header:
     """Return the header of a file.
 
     Args:
         path: of the file.
         blocks: number of a ggml type -> (values, bytes) of one block.
+        part: number of the part of a split model, from 0 on.
 
     Raises:
         ValueError: it is no GGUF file, or something in it contradicts the file's size; the message says what.
@@ -74,7 +116,7 @@ def read_header(path: str | os.PathLike[str], blocks: Mapping[int, tuple[int, in
         raise ValueError(f"{path} is no GGUF file: it has {size} bytes")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
-            return _Scan(content, size).header(blocks)
+            return _Scan(content, size).header(path, blocks, part)
         except (ValueError, struct.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no usable GGUF file: {error}") from None
 
@@ -139,7 +181,7 @@ class _Scan:
                 self.take(self.number("Q", key), key)
         return count
 
-    def header(self, blocks: Mapping[int, tuple[int, int]]) -> Header:
+    def header(self, path: str, blocks: Mapping[int, tuple[int, int]], part: int) -> Header:
         """Return the header."""
         magic = bytes(self.content[self.take(4, "the magic") : 4])
         if magic != _MAGIC:
@@ -155,7 +197,11 @@ class _Scan:
             if key in values:
                 raise ValueError(f"the key {key!r} is there twice")
             values[key] = self.value(self.number("I", f"the type of {key}"), key)
-        if not isinstance(values.get("general.architecture"), str):
+        if values.get("split.no", 0) != part:
+            raise ValueError(
+                f"it is not the part {part + 1} of a split model (split.no {values['split.no']!r:.40}); {_MERGE}"
+            )
+        if part == 0 and not isinstance(values.get("general.architecture"), str):
             raise ValueError("it has no general.architecture")
         rows: list[tuple[str, tuple[int, ...], int, int]] = [self.tensor() for _ in range(tensors)]
         alignment = values.get("general.alignment", 32)
@@ -173,7 +219,11 @@ class _Scan:
                 raise ValueError(
                     f"the tensor {name!r} takes {size} bytes from byte {data + offset} on; the file has {self.size}"
                 )
-            found[name] = TensorInfo(name, shape, kind, data + offset, size)
+            found[name] = TensorInfo(name, shape, kind, data + offset, size, path)
+        ordered = sorted(found.values(), key=lambda t: t.start)
+        for before, after in pairwise(ordered):
+            if before.start + before.size > after.start:  # a small file could stand for any amount of memory
+                raise ValueError(f"the tensors {before.name!r} and {after.name!r} share bytes")
         return Header(values, found)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:

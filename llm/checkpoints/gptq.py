@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .act_order import read_order
 from .entries import (
-    FLOATING,
     SCALES,
     compile_pattern,
     entries_of,
     expect,
+    expect_bias,
     read_bool,
     read_int,
     read_names,
@@ -85,7 +86,7 @@ class GptqReader:
         writers = read_names(meta, "quantizer") if isinstance(meta, Mapping) else []
         self.borrows = any(writer.lower().startswith("gptqmodel") for writer in writers)
         self.dynamic = [
-            (sign, compile_pattern(text, "dynamic"), part)
+            (sign, compile_pattern(text, "quantization_config.dynamic"), part)
             for (sign, text), part in ((_signed(key), part) for key, part in read_table(config, "dynamic").items())
         ]
         for _, pattern, part in self.dynamic:
@@ -156,7 +157,7 @@ def check_gptq(
     expect(name, "qzeros", found, zeros, (word,), required=not grouping.symmetric)
     ordered = grouping.desc_act and groups > 1
     expect(name, "g_idx", found, (in_features,), (torch.int32, torch.int64), required=ordered)
-    expect(name, "bias", found, (out_features,), FLOATING, required=False)
+    expect_bias(name, found, out_features)
     integer_layout(name, grouping.bits, True, grouping.group_size, torch.float16, in_features)
 
 
@@ -185,7 +186,8 @@ def read_gptq(
         zeros = _zeros(tensors["qzeros"], grouping.bits, out_features, offset, borrows)
     perm, blocks = None, None
     if "g_idx" in tensors:
-        perm, blocks = read_order(name, tensors["g_idx"], scales.shape[0], grouping.group_size)
+        unused = None if grouping.desc_act else 0
+        perm, blocks = read_order(f"{name}.g_idx", tensors["g_idx"], scales.shape[0], grouping.group_size, unused)
     if blocks is not None:
         scales = scales.index_select(0, blocks)
         zeros = None if zeros is None else zeros.index_select(0, blocks)
@@ -214,34 +216,3 @@ def _zeros(packed: Tensor, bits: int, out_features: int, offset: int, borrows: b
         ones = sum(1 << i for i in range(0, torch.iinfo(packed.dtype).bits, bits))
         return unpack_fields(packed + ones, bits, out_features).to(torch.int16)
     return unpack_fields(packed, bits, out_features).to(torch.int16) + offset
-
-
-def read_order(name: str, g_idx: Tensor, groups: int, group_size: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return what a g_idx [K] asks for: (perm, blocks).
-
-    perm: int32 [K] that sorts the columns by group, None where they are in order. blocks: int64 [G], the row of scales and
-    zeros that each run of `group_size` columns uses, None where it is its own (whole groups may have changed places).
-
-    Raises:
-        ValueError: a group does not exist, or groups do not have group_size members (the last may have fewer).
-    """
-    k = g_idx.shape[0]
-    group = k if group_size == -1 else min(group_size, k)
-    low, high = int(g_idx.min()), int(g_idx.max())
-    if low < 0 or high >= groups:
-        raise ValueError(f"{name}.g_idx has values {low} .. {high}; valid: 0 .. {groups - 1}, the groups of scales")
-    own = torch.arange(k, dtype=g_idx.dtype) // group
-    if high == 0 or torch.equal(g_idx, own):
-        return None, None
-    blocks = g_idx[::group].long()
-    if torch.equal(g_idx, blocks.repeat_interleave(group)[:k].to(g_idx.dtype)):
-        return None, blocks
-    ordered, perm = torch.sort(g_idx, stable=True)
-    if not torch.equal(ordered, own):
-        counts = torch.bincount(g_idx.long(), minlength=groups)
-        wrong = int((counts != torch.bincount(own.long(), minlength=groups)).nonzero()[0])
-        raise ValueError(
-            f"{name}.g_idx gives group {wrong} {int(counts[wrong])} inputs; expected group_size = {group} each, "
-            "the last group the rest"
-        )
-    return perm.to(torch.int32), None

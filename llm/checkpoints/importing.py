@@ -30,8 +30,10 @@ class ImportConfig(QuantizationConfigMixin):
         quant_method: "llmrt-import".
     """
 
-    def __init__(self, stored: Mapping[str, Any], quant_method: str = IMPORT_METHOD) -> None:
+    def __init__(self, stored: Any = None, quant_method: str = IMPORT_METHOD) -> None:
         """Keep it."""
+        if not isinstance(stored, Mapping):
+            raise ValueError(f"quantization_config.stored is {stored!r:.200}; expected an object")
         self.stored, self.quant_method = dict(stored), quant_method
 
     @property

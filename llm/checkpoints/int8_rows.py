@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ...ops.formats import Layout
 from ..linear import Canonical
-from .entries import entries_of
+from .entries import SCALES, entries_of, expect, expect_bias, expect_finite, expect_none
 from .fp8_blocks import block_size
 from .reader import Entry, Weight
-from .scales import SCALE_DTYPES, Grid, check_bias, finite, require, tensor_or_rows
+from .scales import OTHERS, Grid, tensor_or_rows
 
 _METHODS = ("w8a8_int8", "int8", "blockwise_int8")
 _NAMES = ("weight_scale", "weight_scale_inv", "SCB")
@@ -54,14 +54,14 @@ class Int8RowsReader:
 
     def check(self, name: str, in_features: int, out_features: int, found: Mapping[str, Entry]) -> None:
         """Check shapes and dtypes; see `Reader`."""
-        require(name, found, "weight", [(out_features, in_features)], (torch.int8,))
+        expect(name, "weight", found, (out_features, in_features), (torch.int8,))
         suffix = _suffix(found)
+        expect_none(name, found, [*OTHERS, *(key for key in _NAMES if key != suffix)])
         grid = self._grid(suffix, found)
-        dtypes = (torch.float32,) if suffix == "SCB" else SCALE_DTYPES
-        require(name, found, suffix, grid.shapes(out_features, in_features), dtypes)
-        if "weight_format" in found:
-            require(name, found, "weight_format", [(), (1,)], (torch.uint8,))
-        check_bias(name, found, out_features)
+        dtypes = (torch.float32,) if suffix == "SCB" else SCALES
+        expect(name, suffix, found, grid.shapes(out_features, in_features), dtypes)
+        expect(name, "weight_format", found, [(), (1,)], (torch.uint8,), required=False)
+        expect_bias(name, found, out_features)
 
     def read(self, name: str, in_features: int, out_features: int, tensors: Mapping[str, Tensor]) -> Weight:
         """Return the weight; see `Reader`."""
@@ -74,7 +74,9 @@ class Int8RowsReader:
                 f"{name}.weight_format is {form}; valid: 0 (row), save the model with a newer bitsandbytes"
             )
         grid = self._grid(suffix, found)
-        scales = grid.spread(finite(name, suffix, tensors[suffix]), out_features, in_features)
+        for key in (suffix, "bias"):
+            expect_finite(f"{name}.{key}", tensors.get(key))
+        scales = grid.spread(tensors[suffix], out_features, in_features)
         if suffix == "SCB":
             scales = scales / 127
         layout = Layout("int8", False, grid.columns, scales.dtype)

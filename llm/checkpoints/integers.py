@@ -93,8 +93,7 @@ def coded_weight(
         ValueError: a scale, a zero or the bias is no usable number.
     """
     expect_finite(f"{name}: scales", scales)
-    if bias is not None:
-        expect_finite(f"{name}.bias", bias)
+    expect_finite(f"{name}.bias", bias)
     layout = integer_layout(name, bits, zeros is not None, group_size, scales.dtype, in_features)
     if zeros is not None and bool((zeros == layout.format.zero).all()):
         zeros, layout = None, integer_layout(name, bits, False, group_size, scales.dtype, in_features)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -11,15 +10,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
 
 from ..cache import choose_kv_dtype
 from ..linear import CanonicalLinear
 from ..optimize import optimize
 from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
 from ..quantized import stored_config
+from ..static.config import STATIC_METHOD, StaticQuantConfig
 from . import gguf
-from .files import check_index
+from .configuration import check_layers, check_model, explained, local_files, read_configuration, stored_quantization
 from .importing import IMPORT_METHOD
 from .native import check_device_map
 from .readers import find_reader
@@ -112,16 +111,19 @@ class AutoModelForCausalLM:
                 raise ValueError(f"{path} is a GGUF file, for which {', '.join(unknown)} has no meaning; leave it out")
             options = {"kv_dtype": kv_dtype, "deployment_mode": deployment_mode}
             return gguf.load(path, floats, wanted, compute_dtype or "auto", strict, **options)
-        if os.path.isdir(path):
-            check_index(path)
         hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
-        config, kwargs = _configuration(path, hub, kwargs)
+        config, kwargs = read_configuration(path, hub, kwargs)
+        files = local_files(path, config, {**hub, **kwargs})
+        check_layers(path, config, files)
         stored = stored_quantization(config, path)
         if stored is not None:
             _refuse_twice(path, stored, wanted)
             _take_over(config, stored)
+        elif files:
+            check_model(path, config, files, bool(hub.get("trust_remote_code")))
         load_dtype = "auto" if wanted is not None else floats
-        model, method = _load(path, config, load_dtype, {**hub, **kwargs}), (stored or {}).get("quant_method")
+        model = _load(path, config, load_dtype, files if stored is None else [], {**hub, **kwargs})
+        method = (stored or {}).get("quant_method")
         if getattr(model, "optimization_report", None) is not None:  # one of llmrt's formats that optimizes itself
             choose_kv_dtype(model, kv_dtype)
             return model
@@ -198,43 +200,13 @@ def _native(stored: Mapping[str, Any], compute_dtype: str | None = None) -> Weig
 
 def _checked(fields: dict[str, Any], load_in_low_bit: str | None) -> WeightOnlyQuantConfig:
     try:
-        return WeightOnlyQuantConfig(**fields)
-    except TypeError as error:
-        raise ValueError(f"quantization_config: {error}") from None
+        return WeightOnlyQuantConfig.from_dict(fields)
     except ValueError as error:
         if load_in_low_bit is None or load_in_low_bit in _LOW_BITS:
             raise
         raise ValueError(
             f"load_in_low_bit is {load_in_low_bit!r}; valid: {', '.join(_LOW_BITS)}, or: {error}"
         ) from None
-
-
-def _configuration(path: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the model's configuration, changed by the arguments that it knows, and the other arguments."""
-    given = kwargs.pop("config", None)
-    if isinstance(given, transformers.PreTrainedConfig):
-        return given, kwargs
-    config, rest = AutoConfig.from_pretrained(given or path, return_unused_kwargs=True, **hub, **kwargs)
-    return config, {key: value for key, value in rest.items() if key not in hub}
-
-
-def stored_quantization(config: Any, path: str) -> dict[str, Any] | None:
-    """Return what a checkpoint says of its quantization, or None if it is floating point."""
-    for part in (config, config.get_text_config(decoder=True)):
-        found = getattr(part, "quantization_config", None)
-        if found is None:
-            continue
-        found = found if isinstance(found, Mapping) else found.to_dict()
-        return dict(found)
-    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):  # beside an old config.json
-        file = os.path.join(path, name)
-        if os.path.isfile(file):
-            with open(file, encoding="utf-8") as opened:
-                content = json.load(opened)
-            if not isinstance(content, dict):
-                raise ValueError(f"{file} holds a {type(content).__name__}; expected an object")
-            return {"quant_method": method, **content}
-    return None
 
 
 def _refuse_twice(path: str, stored: Mapping[str, Any], wanted: Any) -> None:
@@ -251,9 +223,10 @@ def _take_over(config: Any, stored: dict[str, Any]) -> None:
     Raises:
         ValueError: no reader knows the format.
     """
-    method = str(stored.get("quant_method"))
-    if method != QUANT_METHOD and method.startswith(QUANT_METHOD):
-        return  # another format of llmrt's own
+    method = stored.get("quant_method")
+    if method == STATIC_METHOD:
+        StaticQuantConfig.from_dict(stored)
+        return
     if method == QUANT_METHOD:
         _native(stored)
     else:
@@ -264,12 +237,13 @@ def _take_over(config: Any, stored: dict[str, Any]) -> None:
     config.quantization_config = {"quant_method": IMPORT_METHOD, "stored": stored}
 
 
-def _load(path: str, config: Any, dtype: Any, options: dict[str, Any]) -> Any:
+def _load(path: str, config: Any, dtype: Any, files: list[str], options: dict[str, Any]) -> Any:
     """Return transformers' model; ValueError for a file that cannot be read and for weights that are missing."""
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, **options
-        )
+        with explained(path, config, files, bool(options.get("trust_remote_code"))):
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, output_loading_info=True, **options
+            )
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: a torch file holds more than tensors: {str(error).splitlines()[0]}") from None
     missing = sorted(info["missing_keys"])

@@ -39,7 +39,7 @@ class LowPrecisionReader:
     """Reads a state dict of linears.
 
     Args:
-        config: see above; also sym (no zeros are stored: each is 8), bits, group_size, desc_act. For a state dict that came
+        config: see above; also sym (zeros need not be there: each is 8 then), bits, group_size, desc_act. For a state dict that came
             without a configuration pass {"quant_method": "gptq"}.
 
     Raises:
@@ -86,7 +86,7 @@ class LowPrecisionReader:
         expect(name, scale, found, _scale_shape(name, scale, found[scale].shape, out_features), _SCALES)
         groups = _groups(found[scale].shape, out_features)
         self._group_size(name, scale, groups, in_features)
-        if not self.symmetric:
+        if self._has_zeros(found):
             assert zero is not None
             if zero not in found:
                 raise ValueError(f"{name}: the checkpoint has no {name}.{zero} (zero_point_key is {zero!r})")
@@ -114,7 +114,7 @@ class LowPrecisionReader:
         scales = tensors[scale].reshape(out_features, groups)
         scales = scales.float() if scales.dtype in (torch.float64, *_FLOAT8) else scales
         zeros = None
-        if not self.symmetric:
+        if self._has_zeros(found):
             assert zero is not None
             zeros = _zeros(f"{name}.{zero}", tensors[zero], found[scale].shape, out_features, groups)
         return packed_weight(
@@ -129,16 +129,21 @@ class LowPrecisionReader:
             None if bias is None else tensors.get(bias),
         )
 
+    def _has_zeros(self, found: Mapping[str, Entry]) -> bool:
+        """Return whether zeros have to be there, or are although the configuration says sym."""
+        return not self.symmetric or self.keys[2] in found
+
     def _group_size(self, name: str, scale: str, groups: int, in_features: int) -> int:
         """Return the group size that the number of scales means, -1 for one group."""
+        size = read_int(self.config, "group_size", -1, "group")
+        if size == -1:
+            size = even_groups(name, scale, groups, in_features)
+        elif groups_of(in_features, size) != groups:
+            raise ValueError(
+                f"{name}.{scale} has {groups} groups; {in_features} inputs in groups of {size} have {groups_of(in_features, size)}"
+            )
         if groups == 1:
             return -1
-        size = read_int(self.config, "group_size", -1, "group")
-        size = -(-in_features // groups) if size == -1 else size
-        if groups_of(in_features, size) != groups:
-            raise ValueError(
-                f"{name}.{scale} has {groups} groups; {in_features} inputs in groups of {size} have others"
-            )
         integer_layout(name, 4, True, size, torch.float32, in_features)
         return size
 
@@ -147,7 +152,7 @@ class LowPrecisionReader:
         config = dict(self.config)
         shape, groups = found["qweight"].shape, max(found["scales"].shape[0] if found["scales"].shape else 1, 1)
         if config.get("group_size") is None:
-            config["group_size"] = -1 if groups == 1 else -(-in_features // groups)
+            config["group_size"] = even_groups(name, self.keys[1] or "", groups, in_features)
         if self.method == "awq":
             return AwqReader(config)
         if config.get("bits") is None:
@@ -159,6 +164,15 @@ class LowPrecisionReader:
         """Return the parts under the names of the format."""
         taken = {key: own for key, own in zip(self.keys, _FOREIGN_NAMES, strict=True) if key is not None}
         return {taken.get(key, key): part for key, part in parts.items() if key in taken or key not in _FOREIGN_NAMES}
+
+
+def even_groups(name: str, scale: str, groups: int, in_features: int) -> int:
+    """Return the group size of groups that are all alike, -1 for one group; ValueError if inputs do not divide so."""
+    if in_features % groups:
+        raise ValueError(
+            f"{name}.{scale} has {groups} groups, which do not divide {in_features} inputs evenly; say group_size in the configuration"
+        )
+    return -1 if groups == 1 else in_features // groups
 
 
 def _key(config: Mapping[str, Any], key: str, default: str) -> str | None:

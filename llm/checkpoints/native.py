@@ -9,25 +9,28 @@ mere warning) ``AutoModelForCausalLM.from_pretrained`` reads it.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from ..experts import is_experts
 from ..linear import CanonicalLinear
+from ..model_card import write_card
 from ..optimize import optimize
-from ..plan import is_linear
 from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
 from ..quantized import restore_floats
 from ..static.config import STATIC_METHOD
+from .configuration import check_layers, explained, local_files, read_configuration, stored_quantization
 from .contents import ModelNames, check_contents
+from .entries import expect_finite
 from .files import TensorFiles
-from .stored import store_experts, untie
+from .stored import check_outside, linears_of, store_experts, untie
 
 register_quantization_config(QUANT_METHOD)(WeightOnlyQuantConfig)
 
@@ -55,6 +58,18 @@ class Quantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving leaves a text in the configuration
         return restore_floats(model, dtype or model.dtype)
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Return nothing in place of the model's own tensors; write the model card.
+
+        transformers calls this in the middle of `save_pretrained`, of which it says the directory to nobody: it is read from the
+        caller's variables. (A method of the model in place of its class's would outlive a model that is nobody's.)
+        """
+        caller = inspect.currentframe()
+        found = caller.f_back.f_locals if caller is not None and caller.f_back is not None else {}
+        if found.get("save_directory") is not None and found.get("is_main_process", True):
+            write_card(model, found["save_directory"])
+        return super().get_state_dict_and_metadata(model)
 
     def is_serializable(self) -> bool:
         """Saving writes canonical tensors."""
@@ -96,7 +111,7 @@ def prepare_native(model: Any, config: WeightOnlyQuantConfig, paths: Sequence[st
     head = model.get_output_embeddings()
     experts = [name for name, m in model.named_modules() if is_experts(m)]
     store_experts(model, [name for name in experts if config.excluded_by(name) is None])
-    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    linears = linears_of(model)
     for field in ("floating_modules", "layouts", "permuted_modules", "biased_modules"):
         unknown = sorted(set(getattr(config, field) or ()) - {*linears, *experts})
         if unknown:
@@ -112,19 +127,44 @@ def prepare_native(model: Any, config: WeightOnlyQuantConfig, paths: Sequence[st
         new.added_bias = added
         new._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(name, new)
+    check_files(model, names, set(linears), paths)
+
+
+def check_files(model: Any, names: ModelNames, linears: set[str], paths: Sequence[str] | None) -> None:
+    """Compare the headers of llmrt's own checkpoint with a model whose quantized linears were replaced.
+
+    Args:
+        model: on the meta device.
+        names: of the model before that.
+        linears: of the model before that.
+        paths: of the files; None: a state dict is loaded.
+
+    Raises:
+        ValueError: a tensor is missing, of another shape or dtype, or a quantized weight is no linear of the model.
+    """
     untie(model)
-    if paths is not None:
-        check_contents(model, TensorFiles(paths), names)
+    if paths is None:
+        return
+    files = TensorFiles(paths)
+    quantized = [prefix for prefix, found in files.groups().items() if "qweight" in found]
+    check_outside([p for p in quantized if names.of(f"{p}.weight")[0].removesuffix(".weight") not in linears], model)
+    check_contents(model, files, names)
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raise ValueError if the checkpoint lacked a tensor (transformers would go on with what memory held)."""
+    """Raise ValueError if the checkpoint lacked a tensor (transformers would go on with what memory held), or has unusable values."""
     for name, module in model.named_modules():
         if not isinstance(module, CanonicalLinear):
             continue
         for part, tensor in (*module._buffers.items(), *module._parameters.items()):
             if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
                 raise ValueError(f"the checkpoint has no {name}.{part}")
+        for part in ("scales", "bias"):
+            expect_finite(f"{name}.{part}", getattr(module, part))
+        try:
+            module.canonical()
+        except RuntimeError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
@@ -157,8 +197,11 @@ def from_quantized(directory: str | os.PathLike[str], dtype: torch.dtype | str =
     path = os.fspath(directory)
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"{path} has no config.json")
-    found = getattr(AutoConfig.from_pretrained(path), "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    config, _ = read_configuration(path, {}, {})
+    files = local_files(path, config, {})
+    check_layers(path, config, files)
+    method = (stored_quantization(config, path) or {}).get("quant_method")
     if method not in (QUANT_METHOD, STATIC_METHOD):
         raise ValueError(f"{path} is not an llmrt checkpoint (quant_method is {method!r}); load it and call optimize")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    with explained(path, config, []):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

@@ -1,8 +1,7 @@
-"""Scales of foreign checkpoints: one for a tensor, a row, a group of a row or a block of rows and columns; and checks by headers."""
+"""Scales of foreign checkpoints: one for a tensor, a row, a group of a row or a block of rows and columns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from .reader import Entry
 
-#: Scale dtypes that a layout can keep as they are.
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Tensors that zeros, a smoothing, a second scale or an order of columns add to a weight of scales.
+OTHERS = ("weight_zero_point", "qzeros", "weight_scale_2", "pre_quant_scale", "smooth_scale", "g_idx", "weight_g_idx")
 
 
 class Grid(NamedTuple):
@@ -40,47 +39,11 @@ class Grid(NamedTuple):
         scales = scales.reshape(self.counts(out_features, in_features))
         if self.rows == -1:
             return scales.expand(out_features, -1).contiguous()
-        return (
-            scales.repeat_interleave(self.rows, 0)[:out_features].contiguous() if self.rows > 1 else scales.contiguous()
-        )
+        if self.rows == 1:
+            return scales.contiguous()
+        return scales.index_select(0, torch.arange(out_features) // self.rows)  # a row count may be far beyond N
 
 
 def tensor_or_rows(entry: Entry) -> Grid:
     """Return the grid of scales that have no columns: one for the tensor, else one per row."""
     return Grid(-1, -1) if all(size == 1 for size in entry.shape) else Grid(1, -1)
-
-
-def require(
-    name: str, found: Mapping[str, Entry], suffix: str, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
-) -> Entry:
-    """Return the entry of ``name.suffix``.
-
-    Raises:
-        ValueError: it is missing, or has another shape or dtype; the message says which and what is valid.
-    """
-    entry = found.get(suffix)
-    if entry is None:
-        raise ValueError(f"the checkpoint has no {name}.{suffix}; it has {', '.join(sorted(found)) or 'nothing'}")
-    if entry.dtype not in dtypes:
-        valid = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{name}.{suffix} has dtype {str(entry.dtype).removeprefix('torch.')}; valid: {valid}")
-    if tuple(entry.shape) not in shapes:
-        valid = " or ".join(str(list(s)) for s in shapes)
-        raise ValueError(
-            f"{name}.{suffix} has shape {list(entry.shape)}; expected {valid}, from the model's configuration"
-        )
-    return entry
-
-
-def check_bias(name: str, found: Mapping[str, Entry], out_features: int) -> None:
-    """Raise ValueError if there is a bias that is not floating [N]."""
-    if "bias" in found:
-        require(name, found, "bias", [(out_features,)], SCALE_DTYPES)
-
-
-def finite(name: str, suffix: str, tensor: Tensor) -> Tensor:
-    """Return the tensor; ValueError if it has NaN or infinite values."""
-    parts = tensor.reshape(-1).split(1 << 22)  # torch looks at 8-bit floats as float32 only
-    if not all(bool(torch.isfinite(part.float()).all()) for part in parts):
-        raise ValueError(f"{name}.{suffix} has NaN or infinite values; the checkpoint is damaged")
-    return tensor

@@ -10,10 +10,11 @@ from typing import Any
 
 from transformers.quantizers import register_quantization_config, register_quantizer
 
-from ..plan import is_linear
 from ..static.config import STATIC_METHOD, StaticQuantConfig
 from ..static.linear import StoredStaticLinear
-from .native import Quantizer
+from .contents import ModelNames
+from .native import Quantizer, check_files
+from .stored import linears_of
 
 register_quantization_config(STATIC_METHOD)(StaticQuantConfig)
 
@@ -34,8 +35,8 @@ class StaticQuantizer(Quantizer):
         super().validate_environment(*args, device_map=device_map, **kwargs)
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        config, head = self.quantization_config, model.get_output_embeddings()
-        linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+        config, head, names = self.quantization_config, model.get_output_embeddings(), ModelNames(model)
+        linears = linears_of(model)
         unknown = sorted(set(config.floating_modules or ()) - set(linears))
         if unknown:
             raise ValueError(
@@ -54,3 +55,4 @@ class StaticQuantizer(Quantizer):
             )
             new._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, new)
+        check_files(model, names, set(linears), checkpoint_files)

@@ -94,6 +94,17 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
+def linears_of(model: Any) -> dict[str, nn.Linear]:
+    """Return the linears of a model by name; ValueError if one has no inputs or no outputs."""
+    found = {name: m for name, m in model.named_modules() if is_linear(m)}
+    for name, linear in found.items():
+        if min(linear.in_features, linear.out_features) < 1:
+            raise ValueError(
+                f"{name} has {linear.in_features} inputs and {linear.out_features} outputs, sizes of config.json; valid: at least 1"
+            )
+    return found
+
+
 def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
     """Replace the quantized linears of a model on the meta device, after every tensor was checked against the model's sizes.
 
@@ -104,7 +115,7 @@ def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
     groups = {prefix: found for prefix, found in files.groups().items() if prefix and reader.quantizes(prefix, found)}
     inside = {prefix: part for prefix in groups if (part := names.expert_of(prefix)) is not None}
     experts = store_experts(model, [owner for owner, _ in inside.values()])
-    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    linears = linears_of(model)
     outside, found_for = [], dict[str, str]()
     for prefix, found in groups.items():
         name = names.of(f"{prefix}.weight")[0].rpartition(".")[0]

@@ -115,7 +115,7 @@ def load(
     import transformers
 
     from ..checkpoints import AutoModelForCausalLM
-    from ..checkpoints.loading import stored_quantization
+    from ..checkpoints.configuration import stored_quantization
 
     transformers.utils.logging.disable_progress_bar()
     source, local = directory or name, directory is not None

@@ -153,6 +153,8 @@ def _config(**values: Any) -> Any:
 
 def write(loaded: Loaded, out: Path, max_shard_size: str = "5GB") -> None:
     """Write beside OUT first and rename then, so that no half-written model stays behind."""
+    from ..model_card import may_write
+
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         written = Path(temporary) / "model"
@@ -162,7 +164,8 @@ def write(loaded: Loaded, out: Path, max_shard_size: str = "5GB") -> None:
             for old in (*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")):
                 old.unlink()
             for file in written.iterdir():
-                shutil.move(file, out / file.name)
+                if file.name != "README.md" or may_write(out / file.name):
+                    shutil.move(file, out / file.name)
             return
         if out.is_dir():
             out.rmdir()

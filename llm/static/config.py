@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...ops.formats import Layout
-from ..quantization import WeightOnlyQuantConfig
+from ..quantization import KnownFields, WeightOnlyQuantConfig
 
 STATIC_METHOD = "llmrt-static"
 #: Dtypes of the weights' scales.
@@ -22,7 +21,7 @@ def weight_layout(scale_dtype: str) -> Layout:
 
 
 @dataclass
-class StaticQuantConfig(QuantizationConfigMixin):
+class StaticQuantConfig(KnownFields):
     """Static INT8 (W8A8): int8 weights, one scale per output; uint8 activations, one scale and zero point per layer from calibration.
 
     Before rounding, input channel j of a layer is multiplied by wmax_j^(1 - alpha) / xmax_j^alpha, its column of the weight by
@@ -58,7 +57,7 @@ class StaticQuantConfig(QuantizationConfigMixin):
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool) and 0 <= self.alpha <= 1
         if not number and self.alpha != "auto":
             raise ValueError(f"alpha is {self.alpha!r}; valid: 0.0 to 1.0 or 'auto'")
-        if self.scale_dtype not in SCALES:
+        if not isinstance(self.scale_dtype, str) or self.scale_dtype not in SCALES:
             raise ValueError(f"scale_dtype is {self.scale_dtype!r}; valid: {', '.join(map(repr, SCALES))}")
         if not isinstance(self.lm_head, bool):
             raise ValueError(f"lm_head is {self.lm_head!r}; valid: True, False")
@@ -75,7 +74,7 @@ class StaticQuantConfig(QuantizationConfigMixin):
                 raise ValueError(f"{name} is {value!r}; valid: a list of names, or None")
 
         dtypes = self.scale_dtypes or {}
-        if not isinstance(dtypes, dict) or not all(isinstance(k, str) and v in SCALES for k, v in dtypes.items()):
+        if not isinstance(dtypes, dict) or not all(isinstance(k, str) and v in list(SCALES) for k, v in dtypes.items()):
             raise ValueError(
                 f"scale_dtypes is {dtypes!r}; valid: names of linears with {', '.join(map(repr, SCALES))}, or None"
             )

@@ -1,7 +1,8 @@
 """Static INT8 linears.
 
 A state dict of these modules holds, under the names of the original linears, the canonical tensors of the weight (qweight, scales:
-that of the multiplied columns), ``input_scale`` float32 [1], ``input_zero`` uint8 [1], ``factors`` float32 [K] and bias.
+that of the multiplied columns), ``input_scale`` float32 [1], ``input_zero`` uint8 [1], ``factors`` float32 [K] (ones where a norm or
+linear before multiplies) and bias.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import ops
 from ...ops.formats import Layout
@@ -25,11 +26,14 @@ from ..linear import (
     concatenate,
     pack,
     quantized,
+    unpack,
 )
+from ..mlp import QuantGatedMLP
 from .summary import FACTORS, LayerSummary
 
 _static_linear = ops.static_linear.overload
 COMPUTE = "static"
+_APART = "{} rounds its input otherwise than the linears that share its weight here"
 
 
 class InputCodes(NamedTuple):
@@ -114,77 +118,123 @@ class StoredStaticLinear(CanonicalLinear):
         return InputCodes.from_tensors(self._buffers, "", self.in_features)
 
 
-def _canonical(linear: Source, codes: InputCodes, layout: Layout) -> Canonical:
-    """Return the weight with its columns divided by the factors, rounded, or as loaded."""
+def rounded(linear: Source, factors: Tensor, layout: Layout) -> CanonicalLinear:
+    """Return a linear with its weight's columns divided by factors [K] and rounded; one that was loaded as it is."""
     if isinstance(linear, CanonicalLinear):
-        return linear.canonical()
-    return quantized(linear.weight.detach().float() / codes.factors, Scheme(layout, COMPUTE))
+        return linear
+    features = linear.in_features, linear.out_features
+    new = CanonicalLinear(*features, linear.bias is not None, layout, linear.weight.dtype, "meta")
+    new.qweight, new.scales, _ = quantized(linear.weight.detach().float() / factors, Scheme(layout, COMPUTE))
+    new.bias = linear.bias
+    return new
 
 
-class _StaticProduct(QuantLinear):
-    """What a `QuantLinear` does otherwise when its input has static codes."""
+class _StaticInput(nn.Module):
+    """What is common to modules with one packed weight whose input has static codes; all are `ops.static_linear`.
 
-    factors: Tensor
+    Attributes:
+        rows: of the packed weight.
+    """
+
+    packed: Tensor
+    factors: Tensor | None
     sums: Tensor
+    layout: Layout
+    layout_text: str
+    in_features: int
+    rows: int
+    epilogue: str
 
     def set_input(self, codes: InputCodes) -> None:
         """Take the input's codes over (new tensors: a captured graph notices) and what depends on the weight."""
         self.input_scale, self.input_zero = codes.scale, codes.zero
-        self.register_buffer("factors", codes.factors.clone(), persistent=False)
-        self.register_buffer("sums", ops.weight_sums(self.canonical().qweight), persistent=False)
+        ones = bool((codes.factors == 1).all())
+        self.register_buffer("factors", None if ones else codes.factors.clone(), persistent=False)
+        weight = unpack(self.packed, self.layout, self.rows, self.in_features)
+        self.register_buffer("sums", ops.weight_sums(weight.qweight), persistent=False)
 
     def input_codes(self) -> InputCodes:
         """Return how the input is rounded."""
-        return InputCodes(self.input_scale, self.input_zero, self.factors)
+        factors = torch.ones(self.in_features) if self.factors is None else self.factors
+        return InputCodes(self.input_scale, self.input_zero, factors)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [..., N] in the dtype of x [..., K]."""
+    def product(self, x: Tensor, out_features: int) -> Tensor:
+        """Return the layer's output [..., out_features] for x [..., K]."""
         held = self._buffers
         return _static_linear(
             x, held["packed"], held["sums"], self._parameters["bias"], None, held["factors"], self.input_scale,
-            self.input_zero, self.layout_text, self.out_features, self.epilogue,
+            self.input_zero, self.layout_text, out_features, self.epilogue,
         )  # fmt: skip
 
-    def dequantized(self) -> Tensor:
-        """Return the float32 weight [N, K] that this layer stands for."""
-        return super().dequantized() * self.factors
+    def smoothed(self, weight: Tensor) -> Tensor:
+        """Return a weight [N, K] as it is for inputs that are not multiplied yet."""
+        return weight if self.factors is None else weight * self.factors
+
+    def write_input(self, destination: Any, prefix: str) -> None:
+        """Put the input's codes into a state dict, under the name of one linear."""
+        destination.update({prefix + name: t.clone() for name, t in self.input_codes().tensors().items()})
+
+    def read_input(self, state: dict[str, Any], prefixes: Sequence[str], errors: list[str]) -> None:
+        """Take the input's codes from a state dict that has them under the names of linears which share this weight."""
+        try:
+            found = [InputCodes.from_tensors(state, prefix, self.in_features) for prefix in prefixes]
+            for prefix, codes in zip(prefixes, found, strict=True):
+                if not codes.equals(found[0]):
+                    raise RuntimeError(_APART.format(prefix[:-1]))
+            self.set_input(found[0])
+        except RuntimeError as error:
+            errors.append(str(error))
 
     def extra_repr(self) -> str:
         """Return what `print` shows."""
         return f"{super().extra_repr()}, input_scale={self.input_scale:.4g}, input_zero={self.input_zero}"
 
 
+class _StaticProduct(_StaticInput, QuantLinear):
+    """What a `QuantLinear` does otherwise when its input has static codes."""
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        """The packed weight's."""
+        return self.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., N] in the dtype of x [..., K]."""
+        return self.product(x, self.out_features)
+
+    def dequantized(self) -> Tensor:
+        """Return the float32 weight [N, K] that this layer stands for."""
+        return self.smoothed(super().dequantized())
+
+
 class StaticLinear(_StaticProduct):
-    """``x @ W.T + bias`` in 8 bits with static scales; see `ops.static_linear`."""
+    """``epilogue(x @ W.T + bias)`` in 8 bits with static scales; see `ops.static_linear`."""
 
     @classmethod
-    def make(cls, linear: Source, codes: InputCodes, layout: Layout) -> StaticLinear:
-        """Round (or take over) one linear."""
-        packed = pack(_canonical(linear, codes, layout), layout, linear.in_features)
-        new = cls(packed, linear.bias, layout, linear.in_features, linear.out_features, COMPUTE)
+    def make(cls, linear: CanonicalLinear, codes: InputCodes, layout: Layout, epilogue: str = "none") -> StaticLinear:
+        """Take over one linear."""
+        packed = pack(linear.canonical(), layout, linear.in_features)
+        new = cls(packed, linear.bias, layout, linear.in_features, linear.out_features, COMPUTE, epilogue)
         new.set_input(codes)
         return new
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: t for name, t in self.input_codes().tensors().items()})
+        self.write_input(destination, prefix)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        try:
-            self.set_input(InputCodes.from_tensors(state_dict, prefix, self.in_features))
-        except RuntimeError as error:
-            args[-1].append(str(error))
+        self.read_input(state_dict, [prefix], args[-1])
 
 
 class StaticGroup(_StaticProduct, LinearGroup):
     """One packed weight for several linears with the same input."""
 
     @classmethod
-    def make(cls, linears: Sequence[Source], codes: InputCodes, layout: Layout) -> StaticGroup:
-        """Round (or take over) one after the other, then pack together."""
+    def make(cls, linears: Sequence[CanonicalLinear], codes: InputCodes, layout: Layout) -> StaticGroup:
+        """Pack linears together."""
         first, biased = linears[0], [linear.bias is not None for linear in linears]
-        packed = pack(concatenate([_canonical(linear, codes, layout) for linear in linears]), layout, first.in_features)
+        packed = pack(concatenate([linear.canonical() for linear in linears]), layout, first.in_features)
         parts = [torch.zeros(m.out_features) if m.bias is None else m.bias.detach() for m in linears]
         bias = torch.cat(parts) if any(biased) else None
         new = cls(packed, bias, layout, first.in_features, [m.out_features for m in linears], biased, COMPUTE)
@@ -204,7 +254,7 @@ class StaticSibling(SiblingLinear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: t.clone() for name, t in self.group.input_codes().tensors().items()})
+        self.group.write_input(destination, prefix)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -213,8 +263,42 @@ class StaticSibling(SiblingLinear):
             if self.index == 0:
                 self.group.set_input(codes)
             elif not codes.equals(self.group.input_codes()):
-                raise RuntimeError(
-                    f"{prefix[:-1]} rounds its input otherwise than the linears that share its weight here"
-                )
+                raise RuntimeError(_APART.format(prefix[:-1]))
         except RuntimeError as error:
             args[-1].append(str(error))
+
+
+class StaticGatedMLP(_StaticInput, QuantGatedMLP):
+    """A `QuantGatedMLP` whose gate and up round their input by static codes."""
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        """The packed weight's: gate and up in whole blocks."""
+        return 2 * (-(-self.width // 16) * 16)
+
+    @classmethod
+    def make(
+        cls, linears: dict[str, CanonicalLinear], activation: str, codes: InputCodes, layout: Layout, down: nn.Module
+    ) -> StaticGatedMLP:
+        """Pack gate and up together; the arguments are those of `QuantGatedMLP.from_linears`."""
+        new = cls.from_linears({**linears}, activation, Scheme(layout, COMPUTE), down)
+        assert isinstance(new, StaticGatedMLP)
+        new.set_input(codes)
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., K] for x [..., K]."""
+        return self._modules[self.names[-1]](self.product(x, self.width))  # type: ignore[misc]
+
+    def dequantized(self) -> dict[str, Tensor]:
+        """Return the float32 weights by the original linears' names, without the last one."""
+        return {name: self.smoothed(weight) for name, weight in super().dequantized().items()}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.names[:-1]:
+            self.write_input(destination, f"{prefix}{name}.")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.read_input(state_dict, [f"{prefix}{name}." for name in self.names[:-1]], args[-1])

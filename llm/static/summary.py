@@ -77,12 +77,11 @@ def save_qconf_summary(
         raise ValueError("the model is not prepared for calibration; call optimize with a StaticQuantConfig first")
     calibration: Calibration = model.static_calibration
     layers: list[LayerSummary] = []
-    total = sum(map(len, calibration.groups))
-    for names in calibration.groups:
-        for together in _same_inputs(model, names):
-            layers += _summarize(model, together, calibration)
-            if progress is not None:
-                progress(len(layers), total)
+    names = [name for group in calibration.groups for name in group]
+    for together in _same_inputs(model, names):
+        layers += _summarize(model, together, calibration)
+        if progress is not None:
+            progress(len(layers), len(names))
     target = Path(path)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
@@ -92,17 +91,18 @@ def save_qconf_summary(
         part.unlink(missing_ok=True)
 
 
-def _same_inputs(model: Any, names: tuple[str, ...]) -> list[list[str]]:
-    """Return a group's linears apart where they saw different inputs."""
+def _same_inputs(model: Any, names: list[str]) -> list[list[str]]:
+    """Return linears by what they saw: those of one input get common factors, whatever module they belong to."""
+    found: dict[Any, list[list[str]]] = {}
     result: list[list[str]] = []
     for name in names:
         observer: Observer = model.get_submodule(name).observer
-        for together in result:
-            if observer.saw_the_same(model.get_submodule(together[0]).observer):
-                together.append(name)
-                break
-        else:
-            result.append([name])
+        near = found.setdefault((observer.seen, float(observer.all.low.sum()), float(observer.all.high.sum())), [])
+        together = next((g for g in near if observer.saw_the_same(model.get_submodule(g[0]).observer)), None)
+        if together is None:
+            near.append(together := [])
+            result.append(together)
+        together.append(name)
     return result
 
 

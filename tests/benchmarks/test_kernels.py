@@ -6,6 +6,14 @@ import sys
 import pytest
 import torch
 
+from llmrt.ops.formats import FORMATS, Layout
+
+#: Every row of the table, symmetric and asymmetric.
+EVERY_FORMAT = ",".join(
+    str(Layout(name, asymmetric, 32, torch.bfloat16))
+    for name, row in FORMATS.items()
+    for asymmetric in (False, True)[: 1 + row.integer]
+)
 PEAKS = {"read": 1e10, "int8": 1e12, "bf16": 5e11, "fp32": 2e11}
 
 
@@ -21,6 +29,12 @@ def threads():
     ("program", "options", "rows"),
     [
         ("bench_linear.py", ["--rows=1,3", "--sizes=64x32", "--layouts=int4_sym_g32_bf16", "--computes=int8,fp32"], 4),
+        (
+            "bench_linear.py",
+            ["--rows=2", "--sizes=64x32", f"--layouts={EVERY_FORMAT}", "--computes=int8,bf16,fp32"],
+            22,
+        ),
+        ("bench_static_linear.py", ["--rows=1,9", "--sizes=64x32", "--rivals=quant_linear,bf16", "--factors"], 2),
         ("bench_attention.py", ["--cases=1x8,4x8", "--heads=4x2x16"], 2),
         ("bench_norm.py", ["--rows=2", "--sizes=64"], 4),
         ("bench_dense.py", ["--rows=1,40", "--sizes=64x32"], 6),

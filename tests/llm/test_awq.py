@@ -26,9 +26,10 @@ TARGETS = {
     "llama": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"],
     "qwen2": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"],
     "gemma2": ["input_layernorm", "self_attn.v_proj", "pre_feedforward_layernorm", "mlp.up_proj"],
-    "phi3": ["input_layernorm", None, "post_attention_layernorm", "mlp.gate_up_proj"],
+    "phi3": ["input_layernorm", "self_attn.qkv_proj", "post_attention_layernorm", "mlp.gate_up_proj"],
     "glm": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.gate_up_proj"],
-    "gpt_neox": ["input_layernorm", None, "post_attention_layernorm", None],
+    "gpt_neox": ["input_layernorm", "attention.query_key_value", "post_attention_layernorm", None],
+    "gpt_bigcode": ["ln_1", "attn.c_attn", "ln_2", None],
     "opt": ["self_attn_layer_norm", "self_attn.v_proj", "final_layer_norm", "fc1"],
     "starcoder2": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", None],
 }
@@ -96,9 +97,12 @@ def test_the_folded_scale_is_that_of_the_norm_as_stored(offset: float | None) ->
     norm = nn.LayerNorm(64) if offset is None else nn.RMSNorm(64)
     for parameter in norm.parameters():
         parameter.requires_grad_(False).copy_(torch.randn(64))
+    norm.weight[5] = 2**-8 - (offset or 0.0)  # the smallest step next to -1 in bfloat16: half of it is nothing
     before = copy.deepcopy(norm)
-    target = Target("norm", 0, 64, torch.arange(64), offset)
-    scale = fold(norm, target, 0.5 + torch.rand(64), lambda part, old, new: new.bfloat16().float())
+    target = Target("norm", torch.arange(64), torch.arange(64), offset)
+    wanted = 0.5 + torch.rand(64)
+    wanted[5] = 3.0
+    scale = fold(norm, target, wanted, lambda part, old, new: new.bfloat16().float())
     assert torch.equal(norm.weight, norm.weight.bfloat16().float())
     shift = offset or 0.0
     assert torch.allclose((norm.weight + shift) * scale, before.weight + shift, rtol=1e-6)

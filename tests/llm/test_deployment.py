@@ -227,6 +227,13 @@ def test_copies_capture_for_themselves_and_models_are_freed() -> None:
     assert torch.equal(other.generate(**batch, **GENERATE), expected)
 
 
+def test_a_method_of_a_model_that_nobody_keeps() -> None:
+    generate = llm.optimize(tiny_model("llama")).generate
+    gc.collect()
+    with pytest.raises(ReferenceError, match="the model is gone: keep it in a variable"):
+        generate(**padded_batch(), **GENERATE)
+
+
 def test_export_and_compile_take_the_modules(pair: tuple[Any, Any]) -> None:
     fast, ids = copy.deepcopy(pair[0]), padded_batch()["input_ids"]
     expected = pair[1](ids, use_cache=False).logits

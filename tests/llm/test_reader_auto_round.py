@@ -163,7 +163,7 @@ def test_configurations(values, text):
 )
 def test_fuzz(values, strange, awq, bits):
     weight = random_integers(16, 64, 32, 4 if awq else bits)
-    tensors = awq_tensors(weight) if awq else gptq_tensors(weight, bits)
+    tensors = awq_tensors(weight) if awq else gptq_tensors(weight, bits, 2)  # "auto_round" alone: zeros as they are
     for suffix, (shape, dtype) in strange.items():
         tensors[suffix] = torch.randint(0, 2, shape).to(dtype)
     packing = "auto_round:auto_awq" if awq else "auto_round"
@@ -174,3 +174,5 @@ def test_fuzz(values, strange, awq, bits):
         assert "up" in str(error) or "quantization_config" in str(error)
         return
     assert dense(found, 64).shape == (16, 64)
+    if not strange and not values.keys() & {"packing_format", "extra_config", "group_size"}:
+        assert torch.equal(dense(found, 64), weight.weight)

@@ -47,7 +47,7 @@ def test_symmetric_zeros_make_a_symmetric_layout():
     assert torch.equal(dense(found, 64), weight.weight)
     del tensors["qzeros"]
     assert torch.equal(dense(read({"zero_point": False}, tensors, 64, 16), 64), weight.weight)
-    with pytest.raises(ValueError, match=r"up.qzeros is missing"):
+    with pytest.raises(ValueError, match=r"the checkpoint has no up.qzeros"):
         read({}, tensors, 64, 16)
 
 
@@ -92,7 +92,7 @@ def test_configurations(values, text):
         ({"qweight": torch.zeros(64, 2)}, r"up.qweight has dtype float32; valid: int32"),
         ({"qzeros": torch.zeros(2, 16, dtype=torch.int32)}, r"up.qzeros has shape \[2, 16\]"),
         ({"scales": torch.zeros(1, 16).half()}, r"up.scales has shape \[1, 16\]; expected \[2, 16\]"),
-        ({"scales": torch.full((2, 16), float("inf"))}, "up: scales has 32 NaN or infinite"),
+        ({"scales": torch.full((2, 16), float("inf"))}, "up: scales has NaN or infinite"),
         ({"bias": torch.zeros(8)}, r"up.bias has shape \[8\]"),
     ],
 )
@@ -123,7 +123,8 @@ def test_outputs_in_eights():
 )
 def test_fuzz(values, strange, sizes):
     n, k, group = 8 * sizes[0], sizes[1], sizes[2]
-    tensors = awq_tensors(random_integers(n, k, group, 4))
+    weight = random_integers(n, k, group, 4)
+    tensors = awq_tensors(weight)
     for suffix, (shape, dtype) in strange.items():
         tensors[suffix] = torch.randint(0, 2, shape).to(dtype)
     try:
@@ -132,3 +133,5 @@ def test_fuzz(values, strange, sizes):
         assert "up" in str(error) or "quantization_config" in str(error)
         return
     assert dense(found, k).shape == (n, k)
+    if not strange and "group_size" not in values:
+        assert torch.equal(dense(found, k), weight.weight)

@@ -224,9 +224,9 @@ DAMAGE = [
     ("weight_zero_point", lambda t: t[:0], r"weight_zero_point has shape \[0, 3\]; expected \[1, 3\]"),
     ("weight_shape", lambda t: t * -1, r"weight_shape is \[-6, -80\]; expected \[6, 80\]"),
     ("weight_shape", lambda t: t << 40, "weight_shape is"),
-    ("weight_g_idx", lambda t: t - 1, "weight_g_idx has the group -1; valid: 0 to 2"),
-    ("weight_g_idx", lambda t: t + 1000, "weight_g_idx has the group 1002; valid: 0 to 2"),
-    ("weight_g_idx", lambda t: t * 0, "gives group 0 80 columns; expected 32"),
+    ("weight_g_idx", lambda t: t - 1, "weight_g_idx has values -1 .. 1; valid: 0 .. 2"),
+    ("weight_g_idx", lambda t: t + 1000, "weight_g_idx has values 1000 .. 1002; valid: 0 .. 2"),
+    ("weight_g_idx", lambda t: t * 0, "gives group 0 80 inputs; expected group_size = 32"),
     ("weight_g_idx", lambda t: t[1:], r"weight_g_idx has shape \[79\]; expected \[80\]"),
     ("bias", lambda t: torch.zeros(7), r"bias has shape \[7\]; expected \[6\]"),
 ]

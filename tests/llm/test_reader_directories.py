@@ -66,8 +66,8 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("method", FORMATS)
-def test_logits_are_those_of_the_dequantized_model(tmp_path, method):
+def write_directory(directory, method):
+    """Write tiny Llama as a checkpoint of a format; return its dequantized weights by name."""
     quantize, config, ignored = FORMATS[method]
     model = tiny_model("llama")
     tensors, stands_for = {}, {}
@@ -77,12 +77,17 @@ def test_logits_are_those_of_the_dequantized_model(tmp_path, method):
             continue
         parts, stands_for[name] = quantize(tensor)
         tensors |= {name.removesuffix("weight") + suffix: part for suffix, part in parts.items()}
-    model.config.save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "config.json").read_text())
+    model.config.save_pretrained(directory)
+    settings = json.loads((directory / "config.json").read_text())
     settings["quantization_config"] = {"quant_method": method, **config, **ignored}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return stands_for
 
+
+@pytest.mark.parametrize("method", FORMATS)
+def test_logits_are_those_of_the_dequantized_model(tmp_path, method):
+    stands_for = write_directory(tmp_path, method)
     loaded = llm.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, compute_dtype="fp32")
     weights = dict(stored_weights(loaded))
     assert len(weights) == 14

@@ -47,7 +47,7 @@ def stored(kind: int, shape: tuple[int, ...]) -> tuple[tuple[int, tuple[int, ...
 
 
 def tiny_file(
-    path, arch="llama", linears=Q4_0, embedding=F16, head=None, bias=False, norms=False, hidden=64, extra=None
+    path, arch="llama", linears=Q4_0, embedding=F16, head=None, bias=False, norms=False, hidden=64, extra=None, parts=1
 ):
     """Write a tiny model; return the values of its parameters under transformers' names."""
     s = {**SIZES, "hidden": hidden}
@@ -95,8 +95,21 @@ def tiny_file(
     metadata = {"general.architecture": arch, **{f"{arch}.{key}": item for key, item in keys.items()}}
     if norms:
         metadata[f"{arch}.attention.key_length"] = dim
-    write(path, {**metadata, "tokenizer.ggml.tokens": [f"t{i}" for i in range(s["vocab"])]}, tensors)
+    metadata["tokenizer.ggml.tokens"] = [f"t{i}" for i in range(s["vocab"])]
+    write(path, metadata, tensors)
+    if parts > 1:
+        write_parts(path, metadata, tensors, parts)
     return state
+
+
+def write_parts(path, metadata, tensors, parts):
+    """Write the file once more, split as llama.cpp does: only the first part has the metadata."""
+    names = list(tensors)
+    size = -(-len(names) // parts)
+    for i in range(parts):
+        own = {"split.no": i, "split.count": parts, "split.tensors.count": len(names)}
+        part = path.with_name(f"{path.stem}-{i + 1:05d}-of-{parts:05d}.gguf")
+        write(part, {**metadata, **own} if i == 0 else own, {n: tensors[n] for n in names[i * size : (i + 1) * size]})
 
 
 def plain_model(model, state):
@@ -153,9 +166,13 @@ def test_every_weight_is_exact(tmp_path, arch):
 
 def test_types_without_a_counterpart(tmp_path):
     state = tiny_file(tmp_path / "tiny.gguf", linears=Q6_K, embedding=Q6_K, hidden=256)
-    with pytest.raises(ValueError, match=r"without an exact counterpart here \(12 Q6_K; exact: Q4_0, Q8_0"):
+    with pytest.raises(ValueError, match=r"holds exactly \(12 Q6_K; exact: linears in Q4_0, Q8_0.*or strict=False"):
         load(tmp_path / "tiny.gguf", dtype=torch.float32, strict=True)
-    with pytest.warns(UserWarning, match=r"12 Q6_K.*they stay torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"12 Q6_K.*pass dtype=torch.float32 to have them as ggml .*or a quantization_config"
+    ):
+        load(tmp_path / "tiny.gguf")
+    with pytest.warns(UserWarning, match=r"12 Q6_K.*they stay floating point, torch.float32"):
         model = load(tmp_path / "tiny.gguf", dtype=torch.float32, compute_dtype="fp32")
     ids = torch.arange(7).view(1, 7)
     torch.testing.assert_close(model(ids).logits, plain_model(model, state)(ids).logits, rtol=1e-3, atol=1e-3)
@@ -194,3 +211,23 @@ def test_stretched_rotations(tmp_path):
         model, _ = read_model(tmp_path / "tiny.gguf", torch.float32)
         torch.testing.assert_close(model.model.rotary_emb.inv_freq, plain / factors, rtol=1e-5, atol=0)
         assert model.model.rotary_emb.attention_scaling == 1
+
+
+def test_a_head_without_a_counterpart_stays_floating_point(tmp_path):
+    """As llama.cpp writes its Q4_0 files."""
+    tiny_file(tmp_path / "tiny.gguf", linears=Q4_0, head=Q6_K, hidden=256)
+    with pytest.warns(UserWarning, match=r"\(1 Q6_K; .*they stay floating point, torch.bfloat16"):
+        model = load(tmp_path / "tiny.gguf")
+    assert model.lm_head.weight.dtype == torch.bfloat16 and len(list(quantized_linears(model))) == 14
+
+
+@pytest.mark.parametrize("head", [None, Q8_0])
+def test_split_files(tmp_path, head):
+    """The second part has the head, and no metadata but that of the split; a tied model has none."""
+    state = tiny_file(tmp_path / "whole.gguf", linears=Q8_0, head=head, parts=2)
+    whole, _ = read_model(tmp_path / "whole.gguf", torch.float32)
+    model, inexact = read_model(tmp_path / "whole-00001-of-00002.gguf", torch.float32)
+    assert not inexact and model.config.tie_word_embeddings == whole.config.tie_word_embeddings == (head is None)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert torch.equal(model.model.embed_tokens.weight, state["model.embed_tokens.weight"])

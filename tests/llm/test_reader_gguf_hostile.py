@@ -7,9 +7,10 @@ import torch
 from gguf_files import F32, Q4_0, blocks, floats, string, value, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_reader_gguf import tiny_file
 
 from llmrt.llm.checkpoints.ggml_blocks import canonical_blocks
-from llmrt.llm.checkpoints.gguf import load
+from llmrt.llm.checkpoints.gguf import load, read_model
 from llmrt.llm.checkpoints.gguf_header import read_header
 
 gguf = pytest.importorskip("gguf")
@@ -77,6 +78,9 @@ LIES = {
     "past the end": (header(ARCHITECTURE, tensors=[tensor("t", 64)]), "'t' takes 256 bytes from byte"),
     "ggml type": (header(ARCHITECTURE, tensors=[tensor("t", 1, kind=4)]), "'t' has the type 4; valid: 0, 1, 2"),
     "part of a block": (header(ARCHITECTURE, tensors=[tensor("t", 33, kind=2)]), "rows of a multiple of 32"),
+    "shared bytes": (header(ARCHITECTURE, tensors=[tensor("t", 9), tensor("u", 9, offset=0)]) + bytes(99), "'t' and 'u' share bytes"),
+    "second part": (header(ARCHITECTURE, pair("split.no", 1), pair("split.count", 2)), "part 1 of a split .*gguf-split --merge"),
+    "split by name": (header(ARCHITECTURE, pair("split.no", 0), pair("split.count", 2)), "one of 2 files, but is not called .*--merge"),
     "same name": (header(ARCHITECTURE, tensors=[tensor("t", 1)] * 2) + bytes(64), "'t' is there twice"),
 }  # fmt: skip
 
@@ -154,3 +158,67 @@ def test_any_bytes(tmp_path_factory, changes, cut):
     assert all(t.start + t.size <= path.stat().st_size for t in found.tensors.values())
     reader = gguf.GGUFReader(path)  # what passed does not hang or surprise the package
     assert {t.name: t.n_bytes for t in reader.tensors} == {t.name: t.size for t in found.tensors.values()}
+
+
+def test_parts_of_a_split_model(tmp_path):
+    vector = {"v": (F32, (5,), floats(F32, torch.arange(5.0)))}
+    first, second = (tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2))
+    split = {"split.no": 0, "split.count": 2, "split.tensors.count": 2}
+    write(first, {**METADATA, **split}, vector)
+    for metadata, tensors, message in (
+        (None, None, "m-00002-of-00002.gguf is not there: the model is split into 2 files"),
+        ({**split, "split.no": 1, "split.count": 3}, {"w": vector["v"]}, "does not belong to"),
+        ({**split, "split.no": 1}, vector, "does not belong to .* tensors of another one"),
+        (split, {"w": vector["v"]}, "not the part 2 of a split model .split.no 0"),
+        (
+            {**split, "split.no": 1},
+            {"w": vector["v"], "x": vector["v"]},
+            "says that its parts have 2 tensors; they have 3",
+        ),
+    ):
+        if metadata is not None:
+            write(second, metadata, tensors)
+        with pytest.raises(ValueError, match=message):
+            load(first)
+
+
+def test_factors_that_are_no_frequencies(tmp_path):
+    """A single one would be used for all."""
+    keys = {
+        "block_count": 1,
+        "embedding_length": 64,
+        "attention.head_count": 4,
+        "feed_forward_length": 64,
+        "vocab_size": 64,
+    }
+    metadata = {"general.architecture": "llama", **{f"llama.{k}": item for k, item in keys.items()}}
+    embedding = (F32, (64, 64), floats(F32, torch.zeros(64, 64)))
+    factors = (F32, (1,), floats(F32, torch.ones(1)))
+    write(tmp_path / "wrong.gguf", metadata, {"token_embd.weight": embedding, "rope_freqs.weight": factors})
+    with pytest.raises(ValueError, match=r"rope_freqs.weight has shape \[1\]; expected \[8\]"):
+        load(tmp_path / "wrong.gguf")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "tiny.gguf"
+    tiny_file(path, "qwen2", bias=True, head=Q4_0)
+    start = min(t.start for t in read_header(path, BLOCKS).tensors.values())
+    return path, path.read_bytes(), start
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=2))
+def test_any_bytes_of_a_model(tiny, changes):
+    """From the metadata to the model: what transformers makes of them is a model of the file's sizes or a ValueError."""
+    path, content, start = tiny
+    content = bytearray(content)
+    for position, byte in changes:
+        content[24 + position % (start - 24)] = byte
+    path.write_bytes(content)
+    try:
+        model, _ = read_model(path, torch.float32)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    assert sum(p.numel() for p in model.parameters()) <= path.stat().st_size

@@ -58,6 +58,39 @@ def test_nan_and_inf_reach_the_output(compute: str, isa: str) -> None:
     assert not y[0].isfinite().any() and y[1].isfinite().all() and not y[2].isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_inputs_too_small_for_a_scale_count_as_zero(rows: int, isa: str) -> None:
+    layout = Layout("int8", False, 32, torch.float32)
+    weight, x = packed(40, 128, layout), torch.zeros(rows, 128)
+    x[:, 32:64] = torch.randn(rows, 32)
+    expected = ops.quant_linear(x, weight, None, None, str(layout), 40, "int8")
+    x[:, 3], x[:, 5], x[:, 70] = 1e-37, -1e-38, 1e-45
+    assert torch.equal(ops.quant_linear(x, weight, None, None, str(layout), 40, "int8"), expected)
+
+
+@pytest.mark.parametrize("zero", [None, 0, 255])
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4"])
+def test_sums_of_the_largest_codes_fit(name: str, zero: int | None, isa: str) -> None:
+    asymmetric = zero is not None and name != "nf4"
+    layout, k = Layout(name, asymmetric, 1024, torch.float32), 2048
+    zeros = torch.full((33, 2), zero, dtype=torch.uint8) if asymmetric else None
+    for fill in (0, 255):
+        codes, scales = torch.full((33, k * layout.format.bits // 8), fill, dtype=torch.uint8), torch.ones(33, 2)
+        weight = ops.pack_weight(codes, scales, zeros, str(layout), k)
+        row = dequantize(codes, scales.double(), zeros, layout, k, "int8")[0]
+        for rows in (1, 3, 40):
+            y = ops.quant_linear(torch.full((rows, k), -127.0), weight, None, None, str(layout), 33, "int8")
+            torch.testing.assert_close(y.double(), (-127 * row.sum()).expand(rows, 33), rtol=1e-6, atol=1e-3)
+
+
+def test_sizes_that_do_not_fit_64_bits_are_refused(isa: str) -> None:
+    k = (1 << 62) + 32  # 4 * k has the low bits of 128
+    with pytest.raises(RuntimeError, match=f"in_features is {k}; valid: 1 to 2147483647"):
+        ops.pack_weight(torch.zeros(3, 16, dtype=torch.uint8), torch.ones(3, 1), None, "int4_sym_channel_f32", k)
+    with pytest.raises(RuntimeError, match=f"in_features is {k}; valid: 1 to 2147483647"):
+        ops.unpack_weight(torch.zeros(1, 1, 2176, dtype=torch.uint8), "int4_sym_channel_f32", 3, k)
+
+
 #: Every format with every compute that it has.
 PRODUCTS = [(row, compute) for row in FORMATS.values() for compute in row.computes if compute != "fp16"]
 product = pytest.mark.parametrize(("row", "compute"), PRODUCTS, ids=lambda v: getattr(v, "name", v))
