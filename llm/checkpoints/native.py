@@ -147,7 +147,10 @@ def check_files(model: Any, names: ModelNames, linears: set[str], paths: Sequenc
         return
     files = TensorFiles(paths)
     quantized = [prefix for prefix, found in files.groups().items() if "qweight" in found]
-    check_outside([p for p in quantized if names.of(f"{p}.weight")[0].removesuffix(".weight") not in linears], model)
+    called = {p: {names.of(f"{p}.{key}")[0].rpartition(".")[0] for key in ("weight", "qweight")} for p in quantized}
+    check_outside(
+        [p for p in quantized if linears.isdisjoint(called[p])], model
+    )  # a `weight` of experts would be joined
     check_contents(model, files, names)
 
 
