@@ -110,7 +110,8 @@ def prepare_native(model: Any, config: WeightOnlyQuantConfig, paths: Sequence[st
     names = ModelNames(model)
     head = model.get_output_embeddings()
     experts = [name for name, m in model.named_modules() if is_experts(m)]
-    store_experts(model, [name for name in experts if config.excluded_by(name) is None])
+    tensors = None if paths is None or not experts else len(TensorFiles(paths).entries)
+    store_experts(model, [name for name in experts if config.excluded_by(name) is None], tensors)
     linears = linears_of(model)
     for field in ("floating_modules", "layouts", "permuted_modules", "biased_modules"):
         unknown = sorted(set(getattr(config, field) or ()) - {*linears, *experts})

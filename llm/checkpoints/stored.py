@@ -114,7 +114,7 @@ def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
     names = ModelNames(model)
     groups = {prefix: found for prefix, found in files.groups().items() if prefix and reader.quantizes(prefix, found)}
     inside = {prefix: part for prefix in groups if (part := names.expert_of(prefix)) is not None}
-    experts = store_experts(model, [owner for owner, _ in inside.values()])
+    experts = store_experts(model, [owner for owner, _ in inside.values()], len(files.entries))
     linears = linears_of(model)
     outside, found_for = [], dict[str, str]()
     for prefix, found in groups.items():
@@ -142,15 +142,16 @@ def prepare(model: Any, reader: Reader, files: TensorFiles) -> None:
     ignore_stored(model, names)
 
 
-def store_experts(model: Any, owners: Iterable[str]) -> list[str]:
+def store_experts(model: Any, owners: Iterable[str], tensors: int | None = None) -> list[str]:
     """Replace experts of a model by `StoredExperts` and return the names of those that were replaced.
 
     Args:
         model: changed.
         owners: full names; those that are no experts are passed over.
+        tensors: how many the checkpoint has; None: the model's experts are in memory.
 
     Raises:
-        ValueError: experts have a form that cannot be computed quantized.
+        ValueError: experts have a form that cannot be computed quantized, or are more than the checkpoint has tensors.
     """
     replaced, probed = [], dict[Any, str | None]()
     modules = dict(model.named_modules())
@@ -158,6 +159,10 @@ def store_experts(model: Any, owners: Iterable[str]) -> list[str]:
         module = modules.get(name)
         if module is None or not is_experts(module):
             continue
+        if tensors is not None and sizes_of(module).experts > tensors:
+            raise ValueError(
+                f"config.json asks for {sizes_of(module).experts} experts in {name}; the checkpoint has {tensors} tensors"
+            )
         with usual_tensors():
             activation = probe_activation(getattr(module, "act_fn", None))
             key = type(module), activation, sizes_of(module)

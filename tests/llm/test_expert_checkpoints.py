@@ -180,3 +180,16 @@ def test_experts_of_another_form_are_refused(tmp_path: Path, monkeypatch: pytest
     edit_json(tmp_path / "config.json", lambda c: c.update(hidden_act="relu"))
     with pytest.raises(ValueError, match="cannot be computed so: MixtralExperts: its activation is not one of"):
         llm.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["gptq", "llmrt"])
+def test_more_experts_than_tensors(native: bool, tmp_path: Path) -> None:
+    """Each would be a module: the number is checked before they are made."""
+    save_gptq_experts("mixtral", tmp_path)
+    if native:
+        llm.AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", lambda c: c.update(num_local_experts=1 << 16))
+    with pytest.raises(
+        ValueError, match=r"config.json asks for 65536 experts in model.layers.0.mlp.experts; the checkpoint has"
+    ):
+        llm.AutoModelForCausalLM.from_pretrained(tmp_path)
