@@ -148,7 +148,7 @@ def check_files(model: Any, names: ModelNames, linears: set[str], paths: Sequenc
     files = TensorFiles(paths)
     quantized = [prefix for prefix, found in files.groups().items() if "qweight" in found]
     check_outside([p for p in quantized if names.of(f"{p}.weight")[0].removesuffix(".weight") not in linears], model)
-    check_contents(model, files, names)
+    check_contents(model, files, ModelNames(model))  # with the names of the quantized tensors
 
 
 def check_loaded(model: nn.Module) -> None:
@@ -168,7 +168,7 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
-    """Save a quantized model; the same as its `save_pretrained`.
+    """Save a quantized model; the same as its `save_pretrained`, which writes a model card too (README.md, see llm/model_card.py).
 
     Args:
         model: from `optimize` with a quantization_config.
