@@ -92,7 +92,7 @@ def check_contents(model: Any, files: TensorFiles, names: ModelNames) -> None:
     Args:
         model: on the meta device; linears that are read in another way are replaced by modules without tensors.
         files: of the checkpoint.
-        names: of the model before linears were replaced.
+        names: of the model; before its linears were replaced, where they are read in another way.
     """
     check_values(model, files.nbytes)
     wanted = model.state_dict()

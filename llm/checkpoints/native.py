@@ -152,7 +152,7 @@ def check_files(model: Any, names: ModelNames, linears: set[str], paths: Sequenc
     check_outside(
         [p for p in quantized if linears.isdisjoint(called[p])], model
     )  # a `weight` of experts would be joined
-    check_contents(model, files, names)
+    check_contents(model, files, ModelNames(model))  # with the names of the quantized tensors
 
 
 def check_loaded(model: nn.Module) -> None:
@@ -172,7 +172,7 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
-    """Save a quantized model; the same as its `save_pretrained`.
+    """Save a quantized model; the same as its `save_pretrained`, which writes a model card too (README.md, see llm/model_card.py).
 
     Args:
         model: from `optimize` with a quantization_config.

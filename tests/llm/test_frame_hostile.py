@@ -117,12 +117,11 @@ def test_fewer_layers_than_the_file_has(saved: Path, tmp_path: Path) -> None:
 def test_one_tensor_under_two_names(saved: Path, tmp_path: Path) -> None:
     directory = copied(saved, "llmrt", tmp_path)
     tensors = load_file(directory / "model.safetensors")
-    tensors["norm.weight"] = tensors["model.norm.weight"] * 2
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"norm.weight and (model.)?norm.weight are both the model's model.norm.weight"
-    ):
-        load(directory)
+    for name in ("norm.weight", "layers.0.self_attn.q_proj.qweight"):
+        other = tensors[f"model.{name}"] + 1
+        save_file({**tensors, name: other}, directory / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"(model.)?{name} and (model.)?{name} are both the model's model.{name}"):
+            load(directory)
 
 
 def shard(directory: Path, index: str, file: str) -> None:
