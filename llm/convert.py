@@ -20,9 +20,10 @@ from .linear import LinearGroup, QuantLinear, SiblingLinear
 from .memory import FilePages, return_free_memory
 from .mlp import GatedMLP, QuantGatedMLP
 from .norm import convert_norm
-from .plan import Plan, Step, settle_attention, weights_of
+from .plan import Plan, Step, settle_attention
 from .positions import with_limit
 from .rope import with_rotation
+from .weight_checks import weights_of
 
 #: Matrices up to this size are aligned: routers, and heads of small models.
 ALIGNED_BYTES = 4 << 20

@@ -17,13 +17,14 @@ from .convert import Converter
 from .deployment import undeployable
 from .linear import CanonicalLinear, QuantLinear, SiblingLinear
 from .memory import weight_bytes
-from .plan import Planner, check_weights
+from .plan import Planner
 from .quantization import WeightOnlyQuantConfig
 from .quantized import added_biases, saved_config, stored_config
 from .sharing import share_copy
 from .static.config import StaticQuantConfig
 from .static.observing import is_observed, observe, without_observers
 from .static.plan import StaticConverter, StaticPlanner
+from .weight_checks import check_weights
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import probe, trial
 from .cache_setup import CacheSetup
@@ -17,7 +16,6 @@ from .expert_plan import expert_names, expert_schemes, kept_experts, other_exper
 from .experts import StoredExperts, is_experts, sizes_of
 from .families import FAMILIES, Family, Gated, GatedFused, Plain, find_family
 from .linear import CanonicalLinear, Scheme, perm_of, same_perm
-from .memory import FilePages, tensors_of
 from .mlp import GATED_ACTIVATIONS
 from .norm import is_layer_norm, rms_norm_eps
 from .quantization import WeightOnlyQuantConfig
@@ -458,45 +456,6 @@ def settle_attention(plan: Plan, model: Any, reason: str | None) -> None:
     else:
         plan.cache = True
         plan.report.add("", "cache", "KVCache in generate")
-
-
-def weights_of(model: nn.Module, step: Step) -> list[Tensor]:
-    """Return the tensors of the linears of a step."""
-    modules = [model.get_submodule(name) for name in step.names]
-    taken = (m for m in modules if is_linear(m) or is_experts(m) or isinstance(m, StoredExperts))
-    return [t for module in taken for t in tensors_of(module)]
-
-
-def check_weights(model: nn.Module, plan: Plan) -> None:
-    """Raise ValueError if a weight that will be quantized is not a finite floating matrix."""
-    pages = FilePages(model)
-    for step in plan.steps:
-        if not step.schemes:
-            continue
-        pages.read_ahead(weights_of(model, step))
-        for name in step.names:
-            _check_weight(name, model.get_submodule(name))
-        pages.release()
-
-
-def _check_weight(name: str, module: nn.Module) -> None:
-    if isinstance(module, StoredExperts):
-        for part, linear in module.named_modules():
-            _check_weight(f"{name}.{part}", linear) if isinstance(linear, CanonicalLinear) else None
-    elif isinstance(module, CanonicalLinear):
-        try:
-            part = module.canonical()
-        except RuntimeError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if not bool(torch.isfinite(part.scales).all()):
-            raise ValueError(f"{name}.scales has NaN or infinite values")
-    elif isinstance(module, nn.Linear) or is_experts(module):
-        for key, weight in module.named_parameters(recurse=False):
-            if key == "bias" or not weight.numel():
-                continue
-            extremes = torch.aminmax(weight.detach())  # a NaN makes both NaN
-            if not all(bool(torch.isfinite(t)) for t in extremes):
-                raise ValueError(f"{name}.{key} has NaN or infinite values; it cannot be quantized")
 
 
 def _join(owner: str, attribute: str) -> str:
