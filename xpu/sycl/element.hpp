@@ -1,0 +1,38 @@
+// What every kernel source starts with: names, conversions, sums over a work-group.
+#pragma once
+#include <cstdint>
+#include <sycl/sycl.hpp>
+
+namespace syclex = sycl::ext::oneapi::experimental;
+
+// The upper half of a float. SYCL's own type calls a library that its CPU compiler (2026.2) dies of, and that older
+// GPUs emulate likewise.
+struct bfloat16 {
+  uint16_t bits;
+  bfloat16() = default;
+  explicit bfloat16(float v) {
+    const uint32_t b = sycl::bit_cast<uint32_t>(v);
+    bits = static_cast<uint16_t>(v != v ? 0x7fc0 : (b + 0x7fff + (b >> 16 & 1)) >> 16);  // to nearest even
+  }
+  explicit operator float() const { return sycl::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+};
+
+// A kernel over work-groups in three dimensions whose sub-groups have SG items.
+#define KERNEL(SG) SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((syclex::nd_range_kernel<3>)) [[sycl::reqd_sub_group_size(SG)]]
+
+inline sycl::nd_item<3> item() { return sycl::ext::oneapi::this_work_item::get_nd_item<3>(); }
+
+template <typename T>
+inline float load(const T* p) {
+  return static_cast<float>(*p);
+}
+template <typename T>
+inline void store(T* p, float v) {
+  *p = static_cast<T>(v);
+}
+
+inline float silu(float x) { return x / (1.f + sycl::exp(-x)); }
+inline float gelu(float x) { return 0.5f * x * (1.f + sycl::erf(x * 0.70710678118654752f)); }
+inline float gelu_tanh(float x) {
+  return 0.5f * x * (1.f + sycl::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+}
