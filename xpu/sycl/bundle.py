@@ -9,7 +9,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,8 @@ TYPES = {
     torch.float16: "sycl::half",
     torch.int8: "int8_t",
 }
+#: Of an element's dtype where it is an argument (`load_kind` of element.hpp); powers of two are scales of weights only.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e8m0fnu: 3}
 _KERNEL = re.compile(r"^KERNEL\(\w+\)\s*\w+ (\w+)\(", re.MULTILINE)
 _lock = threading.Lock()
 _bundles: dict[tuple[int, Bundle], int] = {}

@@ -31,6 +31,21 @@ inline void store(T* p, float v) {
   *p = static_cast<T>(v);
 }
 
+// Elements whose dtype is an argument: 0 float, 1 bfloat16, 2 half (`KINDS` of bundle.py).
+inline float load_kind(const void* p, int kind, int64_t i) {
+  if (kind == 0) return static_cast<const float*>(p)[i];
+  if (kind == 1) return load(static_cast<const bfloat16*>(p) + i);
+  return load(static_cast<const sycl::half*>(p) + i);
+}
+inline void store_kind(void* p, int kind, int64_t i, float v) {
+  if (kind == 0)
+    static_cast<float*>(p)[i] = v;
+  else if (kind == 1)
+    store(static_cast<bfloat16*>(p) + i, v);
+  else
+    store(static_cast<sycl::half*>(p) + i, v);
+}
+
 inline float silu(float x) { return x / (1.f + sycl::exp(-x)); }
 inline float gelu(float x) { return 0.5f * x * (1.f + sycl::erf(x * 0.70710678118654752f)); }
 inline float gelu_tanh(float x) {
