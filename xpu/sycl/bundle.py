@@ -23,7 +23,14 @@ TYPES = {
     torch.int8: "int8_t",
 }
 #: Of an element's dtype where it is an argument (`load_kind` of element.hpp); powers of two are scales of weights only.
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e8m0fnu: 3}
+KINDS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e8m0fnu: 3,
+    torch.int8: 4,
+    torch.bool: 4,
+}
 _KERNEL = re.compile(r"^KERNEL\(\w+\)\s*\w+ (\w+)\(", re.MULTILINE)
 _lock = threading.Lock()
 _bundles: dict[tuple[int, Bundle], int] = {}

@@ -1,6 +1,7 @@
 // What every kernel source starts with: names, conversions, sums over a work-group.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <sycl/sycl.hpp>
 
 namespace syclex = sycl::ext::oneapi::experimental;
@@ -31,7 +32,10 @@ inline void store(T* p, float v) {
   *p = static_cast<T>(v);
 }
 
-// Elements whose dtype is an argument: 0 float, 1 bfloat16, 2 half (`KINDS` of bundle.py).
+// Elements whose dtype is an argument: 0 float, 1 bfloat16, 2 half (`KINDS` of bundle.py); 4 are bytes, which the
+// kernels that take them read themselves.
+constexpr int kBytes = 4;
+inline int size_of(int kind) { return kind == 0 ? 4 : kind == kBytes ? 1 : 2; }
 inline float load_kind(const void* p, int kind, int64_t i) {
   if (kind == 0) return static_cast<const float*>(p)[i];
   if (kind == 1) return load(static_cast<const bfloat16*>(p) + i);
@@ -44,6 +48,12 @@ inline void store_kind(void* p, int kind, int64_t i, float v) {
     store(static_cast<bfloat16*>(p) + i, v);
   else
     store(static_cast<sycl::half*>(p) + i, v);
+}
+
+// What storing v as a tensor's element of type T leaves of it.
+template <typename T>
+inline float rounded(float v) {
+  return static_cast<float>(static_cast<T>(v));
 }
 
 inline float silu(float x) { return x / (1.f + sycl::exp(-x)); }

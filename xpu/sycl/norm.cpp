@@ -1,12 +1,11 @@
-// RMSNorm and LayerNorm, alone or after a residual sum; one work-group per row. T: dtype of the rows. W: dtype of
-// weight and bias.
+// RMSNorm and LayerNorm, alone or after a residual sum; one work-group per row. T: dtype of the rows.
 #include "element.hpp"
 
 namespace norm {
 
 template <bool kMean>
-inline void row(const T* x, const T* residual, const W* weight, const W* bias, T* out, T* sum, int64_t columns,
-                int64_t x_stride, int64_t residual_stride, float eps, float offset) {
+inline void row(const T* x, const T* residual, const void* weight, const void* bias, int64_t kind, T* out, T* sum,
+                int64_t columns, int64_t x_stride, int64_t residual_stride, float eps, float offset) {
   const auto it = item();
   const auto group = it.get_group();
   const int64_t m = it.get_group(2);
@@ -36,8 +35,8 @@ inline void row(const T* x, const T* residual, const W* weight, const W* bias, T
   const float scale = 1.f / sycl::sqrt(total + eps);
   for (int64_t i = first; i < columns; i += step) {
     float v = (load(from + i) - mean) * scale;
-    if (weight) v *= load(weight + i) + offset;
-    if (bias) v += load(bias + i);
+    if (weight) v *= load_kind(weight, kind, i) + offset;
+    if (bias) v += load_kind(bias, kind, i);
     store(out + i, v);
   }
 }
@@ -45,13 +44,13 @@ inline void row(const T* x, const T* residual, const W* weight, const W* bias, T
 }  // namespace norm
 
 KERNEL(32)
-void rms_norm(const T* x, const T* residual, const W* weight, T* out, T* sum, int64_t columns, int64_t x_stride,
-              int64_t residual_stride, float eps, float offset) {
-  norm::row<false>(x, residual, weight, nullptr, out, sum, columns, x_stride, residual_stride, eps, offset);
+void rms_norm(const T* x, const T* residual, const void* weight, int64_t kind, T* out, T* sum, int64_t columns,
+              int64_t x_stride, int64_t residual_stride, float eps, float offset) {
+  norm::row<false>(x, residual, weight, nullptr, kind, out, sum, columns, x_stride, residual_stride, eps, offset);
 }
 
 KERNEL(32)
-void layer_norm(const T* x, const T* residual, const W* weight, const W* bias, T* out, T* sum, int64_t columns,
-                int64_t x_stride, int64_t residual_stride, float eps) {
-  norm::row<true>(x, residual, weight, bias, out, sum, columns, x_stride, residual_stride, eps, 0.f);
+void layer_norm(const T* x, const T* residual, const void* weight, const void* bias, int64_t kind, T* out, T* sum,
+                int64_t columns, int64_t x_stride, int64_t residual_stride, float eps) {
+  norm::row<true>(x, residual, weight, bias, kind, out, sum, columns, x_stride, residual_stride, eps, 0.f);
 }

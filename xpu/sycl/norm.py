@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ... import ops
 from ..route import route
-from .bundle import launch
+from .bundle import KINDS, launch
 from .pointwise import ROW_ITEMS, pointwise, rows_of
 
 
@@ -25,8 +25,8 @@ def _run(
     items = min(ROW_ITEMS, -(-x.shape[-1] // 32) * 32)
     sizes = (x.shape[-1], x_stride, other[1])
     launch(
-        x.device, pointwise(x.dtype, weight=dtype), kernel, (1, 1, len(rows)), (1, 1, max(items, 32)),
-        rows, other[0], *parameters, out, total, *sizes, *numbers,
+        x.device, pointwise(x.dtype), kernel, (1, 1, len(rows)), (1, 1, max(items, 32)),
+        rows, other[0], *parameters, KINDS[dtype], out, total, *sizes, *numbers,
     )  # fmt: skip
 
 
