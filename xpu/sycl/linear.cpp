@@ -67,28 +67,33 @@ inline void read_inputs(Rows<M>& r, const void* x, int64_t m0, int64_t tile, con
 #pragma unroll
   for (int m = 0; m < M; m++) {
     const int64_t row = sycl::min(m0 + m, s.rows - 1) * s.x_stride + k;
+    float x8[8], factor = 1.f;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      float v = i < left ? load_kind(x, s.x_kind, row + i) : 0.f;
-      r.x[m][i] = s.round_to_bf16 ? static_cast<float>(bfloat16(v)) : v;
+      const float v = i < left ? load_kind(x, s.x_kind, row + i) : 0.f;
+      x8[i] = s.round_to_bf16 ? static_cast<float>(bfloat16(v)) : v;
     }
     if constexpr (INT8) {
       float largest = 0.f;
 #pragma unroll
-      for (int i = 0; i < 8; i++) largest = sycl::fmax(largest, sycl::fabs(r.x[m][i]));
+      for (int i = 0; i < 8; i++) largest = sycl::fmax(largest, sycl::fabs(x8[i]));
       for (int d = 1; d < s.segment / 8; d *= 2)
         largest = sycl::fmax(largest, sycl::permute_group_by_xor(sg, largest, d));
-      const float inverse = largest == 0.f ? 0.f : 127.f / largest;
+      factor = largest == 0.f ? 0.f : 127.f / largest;
       r.scale[m] = largest / 127.f;
+    }
+    Sum sum = 0;
 #pragma unroll
-      for (int i = 0; i < 8; i++) r.x[m][i] = sycl::fmin(sycl::fmax(sycl::rint(r.x[m][i] * inverse), -127.f), 127.f);
+    for (int i = 0; i < 8; i++) {
+      if constexpr (INT8)
+        r.x[m][i] = static_cast<int>(sycl::fmin(sycl::fmax(sycl::rint(x8[i] * factor), -127.f), 127.f));
+      else
+        r.x[m][i] = x8[i];
+      sum += r.x[m][i];
     }
     if (s.asymmetric) {
-      float sum = 0.f;  // of integers below 2^24, or of floats
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum += r.x[m][i];
       for (int d = 1; d < s.segment / 8; d *= 2) sum += sycl::permute_group_by_xor(sg, sum, d);
-      r.x_sum[m] = static_cast<Sum>(sum);
+      r.x_sum[m] = sum;
     }
   }
 }
@@ -117,30 +122,32 @@ inline void end_segment(Rows<M>& r, const uint8_t* tile, int segment, const Shap
 
 template <int M>
 inline void multiply_tile(Rows<M>& r, const uint8_t* tile, Sum entry, const Shape& s, sycl::sub_group sg) {
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(tile) + sg.get_local_linear_id();
+  const int lane = sg.get_local_linear_id();
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(tile) + lane;
+#pragma unroll 1
+  for (int chunk = 0; chunk < 4; chunk++) {  // of 32 inputs, the smallest segment: those that lanes 0 to 3 hold now
 #pragma unroll
-  for (int chunk = 0; chunk < 4; chunk++) {  // of 32 inputs, the smallest segment
+    for (int k8 = 0; k8 < 4; k8++) {
 #pragma unroll
-    for (int k8 = 4 * chunk; k8 < 4 * chunk + 4; k8++) {
-      Sum v[M][8];
+      for (int part = 0; part < kBits / 4; part++) {  // 8 bits: four inputs to a dword
 #pragma unroll
-      for (int m = 0; m < M; m++) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[m][i] = static_cast<Sum>(sycl::group_broadcast(sg, r.x[m][i], k8));
-      }
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-#pragma unroll
-        for (int part = 0; part < kBits / 4; part++) {  // 8 bits: four inputs to a dword
+        for (int half = 0; half < 2; half++) {
           const uint32_t word = centered(words[((k8 * (kBits / 4) + part) * 2 + half) * kLanes]);
 #pragma unroll
           for (int i = 0; i < 32 / kBits; i++) {
             const Sum w = decode(word, i % 4 * 8 + i / 4 * 4, entry, sg);
 #pragma unroll
-            for (int m = 0; m < M; m++) r.sum[m][half] += v[m][part * 4 + i] * w;
+            for (int m = 0; m < M; m++) r.sum[m][half] += sycl::group_broadcast(sg, r.x[m][part * 4 + i], k8) * w;
           }
         }
       }
+    }
+    words += 4 * (kBits / 4) * 2 * kLanes;
+#pragma unroll
+    for (int m = 0; m < M;
+         m++) {  // so that the lanes of broadcasts are known at compile time: a register, not a message
+#pragma unroll
+      for (int i = 0; i < 8; i++) r.x[m][i] = sycl::select_from_group(sg, r.x[m][i], (lane + 4) % kLanes);
     }
     if ((chunk + 1) * 32 % s.segment == 0) end_segment(r, tile, ((chunk + 1) * 32 - 1) / s.segment, s, sg);
   }
