@@ -35,17 +35,20 @@ struct Call {
   inline int64_t per() const { return heads / kv_heads; }
 };
 
-template <int ROWS>
 struct Shared {
   float query[ROWS][kWidest];
+  float score[ROWS][kTile];  // each item its key's: what is added to it, then the score
+  int token[ROWS], head[ROWS];
   union {
-    float weight[2][ROWS][kTile];
-    float sum[ROWS * 2 * kTile];  // of the parts of the keys but the first
+    struct {
+      float weight[2][kTile][ROWS];
+      int64_t at[2][kTile];  // where the values of a key are; below 0 where no row sees any of a sub-group's keys
+    };
+    float sum[ROWS * 2 * kTile];  // of the weighted values, by parts of the keys
   };
-  float highest[ROWS][kSubs], total[ROWS][kSubs];
+  float highest[ROWS][kSubs], total[ROWS][kSubs], most[ROWS];
 };
-template <int ROWS>
-syclex::work_group_static<Shared<ROWS>> shared_of;
+syclex::work_group_static<Shared> shared_of;
 
 inline float exponential(float x) { return sycl::exp2(x * 1.4426950408889634f); }
 
@@ -94,23 +97,22 @@ inline int64_t row_of(const Call& c, int64_t b, int64_t t) {
   return row < c.cache_rows ? row : -1;
 }
 
-template <int ROWS>
 struct Group {
   const Call& c;
-  Shared<ROWS>& shared;
+  Shared& shared;
   sycl::sub_group sub;
   int lane, id, width, value_width, count;
-  int64_t b, k, first;  // row and head of the cache, the first query row
+  int64_t b, k;  // row and head of the cache
 
-  // Adds to x what is added to the scores of key t; of hidden ones it becomes none.
-  inline bool visible(int64_t t, float (&x)[ROWS]) const {
+  // Puts what is added to the scores of key t where the scores go, none where the key is hidden; whether any row sees
+  // it.
+  inline bool visible(int64_t t, bool inside) const {
     bool any = false;
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < ROWS; r++) {
-      const int64_t row = first + r, s = row / c.per(), h = k * c.per() + row % c.per();
-      const int64_t distance = t - (c.length - c.tokens + s);
-      bool sees = r < count && !(c.causal && distance > 0) && !(c.window > 0 && distance <= -c.window);
-      float bias = c.slopes && r < count ? c.slopes[h] * distance : 0.f;
+      const int64_t s = shared.token[r], h = shared.head[r], distance = t - (c.length - c.tokens + s);
+      bool sees = inside && r < count && !(c.causal && distance > 0) && !(c.window > 0 && distance <= -c.window);
+      float bias = c.slopes && sees ? c.slopes[h] * distance : 0.f;
       if (c.mask && sees) {
         const int64_t at = b * c.mask_row + h * c.mask_head + s * c.mask_token + t * c.mask_column;
         if (c.mask_kind == kBytes) {
@@ -120,22 +122,24 @@ struct Group {
           bias += added, sees = added != kNone;
         }
       }
-      x[r] = sees ? bias : kNone;
+      shared.score[r][id * kLanes + lane] = sees ? bias : kNone;
       any |= sees;
     }
     return any;
   }
 
-  // The scores of key t, one of each lane; `factor` becomes the scale of its value.
-  inline void score(int64_t t, bool inside, float (&x)[ROWS], float& factor) const {
-    const bool sees = visible(t, x) && inside;
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) x[r] = sees ? x[r] : kNone;
-    if (!sycl::any_of_group(sub, sees)) return;
+  // Scores of key t, one of each lane; returns what its value is to be multiplied by.
+  inline float score(int64_t t, bool inside, int buffer) const {
+    const int mine = id * kLanes + lane;
+    const bool sees = visible(t, inside);
+    if (!sycl::any_of_group(sub, sees)) {
+      shared.at[buffer][mine] = -1;
+      return 1.f;
+    }
     const int64_t row = row_of(c, b, t), known = row < 0 ? 0 : row;
     const char* key = c.key + (known * c.key_row + k * c.key_head + t * c.key_token) * c.bytes();
     float s[ROWS] = {};
-#pragma unroll 2
+#pragma unroll(D && sizeof(KV) > 1 ? 2 : 1)
     for (int i = 0; i < width; i += kChunk) {
       float v[kChunk];
       read<kChunk>(c, key, i, v);
@@ -145,120 +149,113 @@ struct Group {
         for (int e = 0; e < kChunk; e++) s[r] += shared.query[r][i + e] * v[e];
       }
     }
-    const float key_factor = scale_of(c, key, width);
-    if (c.codes() && sees)
-      factor = scale_of(c, c.value + (known * c.value_row + k * c.value_head + t * c.value_token), value_width);
+    const float factor = row < 0 ? std::numeric_limits<float>::quiet_NaN() : scale_of(c, key, width);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-      float v = s[r] * key_factor;
+      float v = s[r] * factor;
       if (c.softcap > 0.f) v = c.softcap * sycl::tanh(v / c.softcap);
-      v = row < 0 ? std::numeric_limits<float>::quiet_NaN() : v + x[r];
-      x[r] = x[r] == kNone ? kNone : v;
+      const float bias = shared.score[r][mine];
+      shared.score[r][mine] = bias == kNone ? kNone : v + bias;
     }
+    // The values of a key that no row sees may be anything: its weight of zero goes to those of another one.
+    const int64_t at = (known * c.value_row + k * c.value_head + t * c.value_token) * c.bytes();
+    const int other = sycl::reduce_over_group(sub, sees ? lane : kLanes, sycl::minimum<int>());
+    const int64_t instead = sycl::select_from_group(sub, at, other);
+    shared.at[buffer][mine] = sees ? at : instead;
+    return sees ? scale_of(c, c.value + at, value_width) : 1.f;
   }
 
-  // Adds the values of a tile's keys from t0 on, those of `part` of `parts`, in the dimensions of a slice.
-  template <int TURNS>
-  inline void add_values(int buffer, int64_t t0, int64_t end, int part, int parts, int slice,
-                         float (&sum)[ROWS][TURNS * kWord]) const {
-    for (int batch = part; batch < kSubs && t0 + batch * kLanes < end; batch += parts) {
-      float weight[ROWS];
-      bool live = false;
+  // Adds the weighted values of a tile's keys, those of `part` of `parts`, in the dimensions of a slice.
+  inline void add_values(int buffer, int part, int parts, int slice, float (&sum)[ROWS][kTurns * kWord]) const {
+#pragma unroll 1
+    for (int batch = part; batch < kSubs; batch += parts) {
+      if (shared.at[buffer][batch * kLanes] < 0) continue;
+#pragma unroll 4
+      for (int j = batch * kLanes; j < (batch + 1) * kLanes; j++) {
+        const char* value = c.value + shared.at[buffer][j];
 #pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        weight[r] = shared.weight[buffer][r][batch * kLanes + lane];
-        live |= weight[r] != 0.f;
-      }
-      const int64_t t = sycl::min(t0 + batch * kLanes + lane, end - 1), row = row_of(c, b, t);
-      const int64_t at = ((row < 0 ? 0 : row) * c.value_row + k * c.value_head + t * c.value_token) * c.bytes();
-      const auto add = [&](int j) {
-        const char* value = c.value + sycl::group_broadcast(sub, at, j);
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
+        for (int turn = 0; turn < kTurns; turn++) {
           const int i = ((slice + turn * kSubs) * kLanes + lane) * kWord;
           float v[kWord] = {};
           if (i < value_width) read<kWord>(c, value, i, v);
 #pragma unroll
           for (int r = 0; r < ROWS; r++) {
-            const float w = sycl::group_broadcast(sub, weight[r], j);
+            const float weight = shared.weight[buffer][j][r];
 #pragma unroll
-            for (int e = 0; e < kWord; e++) sum[r][turn * kWord + e] += w * v[e];
+            for (int e = 0; e < kWord; e++) sum[r][turn * kWord + e] += weight * v[e];
           }
         }
-      };
-      if (sycl::all_of_group(sub, live)) {
-#pragma unroll
-        for (int j = 0; j < kLanes; j++) add(j);
-      } else {  // what no row sees may be anything
-#pragma unroll 1
-        for (int j = 0; j < kLanes; j++)
-          if (sycl::group_broadcast(sub, live, j)) add(j);
+      }
+    }
+  }
+
+  // Writes a row of the result, or with several splits of the keys this one's part of it.
+  inline void finish(int r, int parts, float* partial, T* out) const {
+    float total = 0.f, factor = 1.f;
+    for (int i = 0; i < kSubs; i++) total += shared.total[r][i];
+    const float highest = shared.most[r];
+    if (partial) {
+      if (lane == 0) partial[value_width] = highest, partial[value_width + 1] = total;
+    } else {
+      if (c.sinks) {
+        const float sink = load_kind(c.sinks, c.sinks_kind, shared.head[r]), most = sycl::fmax(highest, sink);
+        factor = highest == kNone ? 0.f : exponential(highest - most);
+        total = total * factor + (sink == kNone ? 0.f : exponential(sink - most));
+      }
+      factor = total == 0.f ? 0.f : factor / total;
+    }
+    for (int i = lane; i < value_width; i += kLanes) {
+      float v = 0.f;
+      for (int p = 0; p < parts; p++) v += shared.sum[(p * ROWS + r) * value_width + i];
+      if (partial) {
+        partial[i] = v;
+      } else {
+        store(out + i, v * factor);
       }
     }
   }
 };
 
-// Writes dimensions of one row: the sum over the keys, or with several splits this one's part.
-inline void finish(const Call& c, float* partial, T* out, int64_t h, int i, const float* sum, float highest,
-                   float total) {
-  if (partial) {
-#pragma unroll
-    for (int e = 0; e < kWord; e++) partial[i + e] = sum[e];
-    return;
-  }
-  float factor = 1.f;
-  if (c.sinks) {
-    const float sink = load_kind(c.sinks, c.sinks_kind, h), most = sycl::fmax(highest, sink);
-    factor = highest == kNone ? 0.f : exponential(highest - most);
-    total = total * factor + (sink == kNone ? 0.f : exponential(sink - most));
-  }
-  factor = total == 0.f ? 0.f : factor / total;
-#pragma unroll
-  for (int e = 0; e < kWord; e++) store(out + i + e, sum[e] * factor);
-}
-
-template <int ROWS>
 inline void run(const Call& c) {
   const auto it = item();
   const auto group = it.get_group();
   const auto sub = it.get_sub_group();
-  auto& shared = static_cast<Shared<ROWS>&>(shared_of<ROWS>);
+  auto& shared = static_cast<Shared&>(shared_of);
   const int lane = sub.get_local_linear_id(), id = sub.get_group_linear_id();
   const int width = D ? D : c.width, value_width = DV ? DV : c.value_width;
-  const int64_t pair = it.get_group(2), per = c.per(), all = c.tokens * per, first = it.get_group(1) * ROWS;
-  const int count = sycl::min<int64_t>(ROWS, all - first);
-  const Group<ROWS> g{c, shared, sub, lane, id, width, value_width, count, pair / c.kv_heads, pair % c.kv_heads, first};
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    const int64_t s = (first + r) / per, h = g.k * per + (first + r) % per;
+  const int pair = it.get_group(2), per = c.heads / c.kv_heads, kv_heads = c.kv_heads;
+  const int all = c.tokens * per, first = it.get_group(1) * ROWS, count = sycl::min(ROWS, all - first);
+  const Group g{c, shared, sub, lane, id, width, value_width, count, pair / kv_heads, pair % kv_heads};
+#pragma unroll 1
+  for (int r = id; r < ROWS; r += kSubs) {
+    const int s = (first + r) / per, h = g.k * per + (first + r) % per;
     const T* from = c.query + g.b * c.query_row + s * c.query_token + h * c.query_head;
-    for (int i = id * kLanes + lane; i < width; i += kTile)
-      shared.query[r][i] = r < count ? load(from + i) * c.scale : 0.f;
+    for (int i = lane; i < width; i += kLanes) shared.query[r][i] = r < count ? load(from + i) * c.scale : 0.f;
+    if (lane == 0) shared.token[r] = s, shared.head[r] = h;
   }
   sycl::group_barrier(group);
 
   // Of what any of the rows may see, the tiles of this split.
   const int64_t position = c.length - c.tokens + first / per, last = c.length - c.tokens + (first + count - 1) / per;
-  const int64_t low = c.window > 0 ? sycl::max<int64_t>(0, position - c.window + 1) : 0;
-  const int64_t high = c.causal ? sycl::min(c.length, last + 1) : c.length;
-  const int64_t splits = it.get_group_range(0), split = it.get_group(0);
-  const int64_t tiles = high > low ? (high - low + kTile - 1) / kTile : 0, share = (tiles + splits - 1) / splits;
-  const int64_t begin = low + split * share * kTile, end = sycl::min(high, begin + share * kTile);
+  const int low = c.window > 0 ? sycl::max<int64_t>(0, position - c.window + 1) : 0;
+  const int high = c.causal ? sycl::min(c.length, last + 1) : c.length;
+  const int splits = it.get_group_range(0), split = it.get_group(0);
+  const int tiles = high > low ? (high - low + kTile - 1) / kTile : 0, share = (tiles + splits - 1) / splits;
+  const int begin = low + split * share * kTile, end = sycl::min(high, begin + share * kTile);
 
   const int slices = (value_width + kSlice - 1) / kSlice;
-  const int parts = sycl::max(1, sycl::min(kSubs / slices, 2 * kTile / value_width + 1));
+  const int parts = sycl::max(1, sycl::min(kSubs / slices, 2 * kTile / value_width));
   const int slice = slices < kSubs ? id % slices : id, part = slices < kSubs ? id / slices : 0;
   float highest[ROWS], total[ROWS] = {}, sum[ROWS][kTurns * kWord] = {};
 #pragma unroll
   for (int r = 0; r < ROWS; r++) highest[r] = kNone;
   int buffer = 0;
-  for (int64_t t0 = begin; t0 < end; t0 += kTile, buffer ^= 1) {
-    const int64_t t = t0 + id * kLanes + lane;
-    float x[ROWS], factor = 1.f;
-    g.score(sycl::min(t, end - 1), t < end, x, factor);
-#pragma unroll
+  for (int t0 = begin; t0 < end; t0 += kTile, buffer ^= 1) {
+    const int mine = id * kLanes + lane, t = t0 + mine;
+    const float factor = g.score(sycl::min(t, end - 1), t < end, buffer);
+#pragma unroll 1
     for (int r = 0; r < ROWS; r++) {
-      const float most = sycl::reduce_over_group(sub, x[r], sycl::maximum<float>());
+      const float most = sycl::reduce_over_group(sub, shared.score[r][mine], sycl::maximum<float>());
       if (lane == 0) shared.highest[r][id] = most;
     }
     sycl::group_barrier(group);
@@ -268,52 +265,35 @@ inline void run(const Call& c) {
 #pragma unroll
       for (int i = 0; i < kSubs; i++) most = sycl::fmax(most, shared.highest[r][i]);
       const float base = most == kNone ? 0.f : most;
-      const float change = exponential(highest[r] - base), weight = exponential(x[r] - base);
+      const float change = exponential(highest[r] - base), weight = exponential(shared.score[r][mine] - base);
       highest[r] = most;
       total[r] = total[r] * change + weight;
 #pragma unroll
       for (int i = 0; i < kTurns * kWord; i++) sum[r][i] *= change;
-      shared.weight[buffer][r][id * kLanes + lane] = weight * factor;
+      shared.weight[buffer][mine][r] = weight * factor;
     }
     sycl::group_barrier(group);
-    if (part < parts) g.template add_values<kTurns>(buffer, t0, end, part, parts, slice, sum);
+    if (part < parts) g.add_values(buffer, part, parts, slice, sum);
   }
 
   sycl::group_barrier(group);
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const float one = sycl::reduce_over_group(sub, total[r], sycl::plus<float>());
-    if (lane == 0) shared.total[r][id] = one;
-    if (part > 0 && part < parts) {  // one turn only
-      const int i = (slice * kLanes + lane) * kWord;
+    if (lane == 0) shared.total[r][id] = one, shared.most[r] = highest[r];
 #pragma unroll
-      for (int e = 0; e < kWord; e++)
-        if (i < value_width) shared.sum[((part - 1) * ROWS + r) * value_width + i + e] = sum[r][e];
+    for (int i = 0; i < kTurns * kWord; i++) {
+      const int at = ((slice + i / kWord * kSubs) * kLanes + lane) * kWord + i % kWord;
+      if (part < parts && at < value_width) shared.sum[(part * ROWS + r) * value_width + at] = sum[r][i];
     }
   }
   sycl::group_barrier(group);
-  if (part > 0) return;
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    if (r >= count) continue;
-    const int64_t row = first + r, s = row / per, h = g.k * per + row % per;
-    float* partial =
-        splits == 1 ? nullptr : c.partial + ((split * it.get_group_range(2) + pair) * all + row) * (value_width + 2);
-    T* out = c.out + ((g.b * c.tokens + s) * c.heads + h) * value_width;
-    float all_weights = 0.f;
-#pragma unroll
-    for (int i = 0; i < kSubs; i++) all_weights += shared.total[r][i];
-    if (partial && id == 0 && lane == 0) partial[value_width] = highest[r], partial[value_width + 1] = all_weights;
-#pragma unroll
-    for (int turn = 0; turn < kTurns; turn++) {
-      const int i = ((slice + turn * kSubs) * kLanes + lane) * kWord;
-      if (i >= value_width) continue;
-      for (int p = 1; p < parts; p++)
-#pragma unroll
-        for (int e = 0; e < kWord; e++)
-          sum[r][turn * kWord + e] += shared.sum[((p - 1) * ROWS + r) * value_width + i + e];
-      finish(c, partial, out, h, i, &sum[r][turn * kWord], highest[r], all_weights);
-    }
+#pragma unroll 1
+  for (int r = id; r < count; r += kSubs) {
+    float* partial = c.partial + ((static_cast<int64_t>(split) * it.get_group_range(2) + pair) * all + first + r) *
+                                     (value_width + 2);
+    T* out = c.out + ((g.b * c.tokens + shared.token[r]) * c.heads + shared.head[r]) * value_width;
+    g.finish(r, parts, splits == 1 ? nullptr : partial, out);
   }
 }
 
@@ -337,13 +317,7 @@ inline void run(const Call& c) {
   }
 
 KERNEL(16)
-void attention_1(PARAMETERS) { attention::run<1>(CALL); }
-
-KERNEL(16)
-void attention_4(PARAMETERS) { attention::run<4>(CALL); }
-
-KERNEL(16)
-void attention_8(PARAMETERS) { attention::run<8>(CALL); }
+void attention_rows(PARAMETERS) { attention::run(CALL); }
 
 // Joins the splits of the keys; one sub-group per row of the result.
 KERNEL(16)

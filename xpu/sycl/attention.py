@@ -18,8 +18,8 @@ from .pointwise import HEADS_LOCAL, head_groups, last_dense
 #: Head dimensions that have a program of their own, for caches whose rows begin at multiples of 4 bytes; one other serves all the rest.
 EXACT = (64, 80, 96, 112, 128, 192, 256)
 WIDEST = 256
-#: Query rows of a work-group, and keys that it takes at once.
-ROWS, TILE = (1, 4, 8), 128
+#: Numbers of query rows of a work-group for which there are programs, that of the program for all the rest; keys it takes at once.
+ROWS, ANY_ROWS, TILE = (1, 4, 8), 4, 128
 #: The keys are split over work-groups until there are this many, but each gets this many tiles or more.
 ENOUGH_GROUPS, FEWEST_TILES = 256, 2
 
@@ -34,11 +34,11 @@ def _refuses(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: An
 
 
 @lru_cache(maxsize=32)
-def bundle(element: torch.dtype, cache: torch.dtype | None = None, width: int = 0) -> Bundle:
-    """Return the program for a dtype of activations: for a cache's dtype and a head dimension, or for any."""
+def bundle(element: torch.dtype, rows: int, cache: torch.dtype | None = None, width: int = 0) -> Bundle:
+    """Return the program for a dtype of activations and a number of query rows: for a cache's dtype and a head dimension, or for any."""
     names = (("T", element), ("KV", cache or torch.float32))
     types = tuple((name, TYPES[dtype]) for name, dtype in names)
-    return Bundle(("attention",), (*types, ("D", width), ("DV", width)))
+    return Bundle(("attention",), (*types, ("D", width), ("DV", width), ("ROWS", rows)))
 
 
 def _exact(key: Tensor, value: Tensor, width: int) -> bool:
@@ -81,8 +81,8 @@ def attention(
     query = last_dense(query)
     (B, S, H, D), Hk, Dv = query.shape, key.shape[1], row_width(value)
     exact = _exact(key, value, D)
-    program = bundle(query.dtype, key.dtype, D) if exact else bundle(query.dtype)
-    count = next((n for n in ROWS if n >= S * (H // Hk)), ROWS[-1])
+    count = next((n for n in ROWS if n >= S * (H // Hk)), ROWS[-1]) if exact else ANY_ROWS
+    program = bundle(query.dtype, count, key.dtype, D) if exact else bundle(query.dtype, count)
     blocks = -(-S * (H // Hk) // count)
     splits = splits_of(B * Hk * blocks, min(length, window + S) if window else length)
     partial = query.new_empty((splits, B * S * H, Dv + 2), dtype=torch.float32) if splits > 1 else None
@@ -95,7 +95,7 @@ def attention(
     kinds = (0 if t is None else KINDS[t.dtype] for t in (mask, sinks))
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *_mask_strides(mask))
     launch(
-        query.device, program, f"attention_{count}", (splits, blocks, B * Hk), (1, 1, TILE),
+        query.device, program, "attention_rows", (splits, blocks, B * Hk), (1, 1, TILE),
         query, key, value, out, partial, mask, slopes, sinks, rows,
         *sizes, *kinds, *strides, 0 if rows is None else rows.stride(0), float(scale), float(softcap),
     )  # fmt: skip
