@@ -41,9 +41,15 @@ def bundle(element: torch.dtype, rows: int, cache: torch.dtype | None = None, wi
     return Bundle(("attention",), (*types, ("D", width), ("DV", width), ("ROWS", rows)))
 
 
-def _exact(key: Tensor, value: Tensor, width: int) -> bool:
-    """Return whether the program for a head dimension serves: it reads whole words."""
-    if width not in EXACT or row_width(value) != width:
+def has_program(element: torch.dtype, cache: torch.dtype, width: int) -> bool:
+    """Return whether there is a program for these dtypes of activations and cache and this head dimension alone."""
+    return width in EXACT
+
+
+def _exact(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether the program for this head dimension serves: it reads whole words."""
+    width = query.shape[-1]
+    if row_width(value) != width or not has_program(query.dtype, key.dtype, width):
         return False
     words = 4 // key.element_size()
     strides = (*key.stride()[:3], *value.stride()[:3])
@@ -80,7 +86,7 @@ def attention(
     check_score_terms(query, length, mask, slopes, sinks)
     query = last_dense(query)
     (B, S, H, D), Hk, Dv = query.shape, key.shape[1], row_width(value)
-    exact = _exact(key, value, D)
+    exact = _exact(query, key, value)
     count = next((n for n in ROWS if n >= S * (H // Hk)), ROWS[-1]) if exact else ANY_ROWS
     program = bundle(query.dtype, count, key.dtype, D) if exact else bundle(query.dtype, count)
     blocks = -(-S * (H // Hk) // count)
