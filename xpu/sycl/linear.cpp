@@ -2,7 +2,8 @@
 // sweeps the tiles of a block of 32 outputs: lane l has outputs l and 16 + l, so that every read of a weight is 64
 // contiguous bytes; the sub-groups of a work-group share the tiles of their block. A lane reads inputs 8 l .. + 7 of a
 // tile; the others get them by broadcast from a lane known at compile time. CODING: what codes are (csrc/coding.h).
-// INT8: whether inputs are rounded to 8 bits per segment and multiplied as integers.
+// ROWS: of inputs that share a reading of the
+// weight. INT8: whether inputs are rounded to 8 bits per segment and multiplied as integers.
 #include "element.hpp"
 
 namespace linear {
@@ -235,25 +236,13 @@ inline void run(const void* x, const uint8_t* weight, const void* bias, const vo
 }  // namespace linear
 
 KERNEL(16)
-void quant_linear_1(const void* x, const uint8_t* weight, const void* bias, const void* other, const float* values,
-                    void* out, int64_t rows, int64_t outputs, int64_t inputs, int64_t x_stride, int64_t tiles,
-                    int64_t tile_bytes, int64_t group, int64_t padded_group, int64_t segment, int64_t scale_kind,
-                    int64_t x_kind, int64_t bias_kind, int64_t asymmetric, int64_t round_to_bf16, int64_t epilogue,
-                    float unit) {
+void quant_linear(const void* x, const uint8_t* weight, const void* bias, const void* other, const float* values,
+                  void* out, int64_t rows, int64_t outputs, int64_t inputs, int64_t x_stride, int64_t tiles,
+                  int64_t tile_bytes, int64_t group, int64_t padded_group, int64_t segment, int64_t scale_kind,
+                  int64_t x_kind, int64_t bias_kind, int64_t asymmetric, int64_t round_to_bf16, int64_t epilogue,
+                  float unit) {
   const linear::Shape s{
       rows,         outputs,      inputs,          x_stride,    tiles,           tile_bytes,         group,
       padded_group, int(segment), int(scale_kind), int(x_kind), asymmetric != 0, round_to_bf16 != 0, unit};
-  linear::run<1>(x, weight, bias, other, values, out, s, epilogue, bias_kind);
-}
-
-KERNEL(16)
-void quant_linear_4(const void* x, const uint8_t* weight, const void* bias, const void* other, const float* values,
-                    void* out, int64_t rows, int64_t outputs, int64_t inputs, int64_t x_stride, int64_t tiles,
-                    int64_t tile_bytes, int64_t group, int64_t padded_group, int64_t segment, int64_t scale_kind,
-                    int64_t x_kind, int64_t bias_kind, int64_t asymmetric, int64_t round_to_bf16, int64_t epilogue,
-                    float unit) {
-  const linear::Shape s{
-      rows,         outputs,      inputs,          x_stride,    tiles,           tile_bytes,         group,
-      padded_group, int(segment), int(scale_kind), int(x_kind), asymmetric != 0, round_to_bf16 != 0, unit};
-  linear::run<4>(x, weight, bias, other, values, out, s, epilogue, bias_kind);
+  linear::run<ROWS>(x, weight, bias, other, values, out, s, epilogue, bias_kind);
 }

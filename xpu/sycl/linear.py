@@ -14,7 +14,7 @@ from ..route import route
 from .bundle import KINDS, Bundle, launch
 from .pointwise import rows_of
 
-#: Sub-groups of a work-group, which share the tiles of a block of outputs, at most; rows of the kernel for more than one row.
+#: Sub-groups of a work-group, which share the tiles of a block of outputs, at most; rows that share a reading of the weight.
 PARTS, ROWS = 16, 4
 _FLOATS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 4}
 
@@ -27,9 +27,9 @@ def coding(row: Format) -> int:
 
 
 @lru_cache(maxsize=32)
-def bundle(row: Format, int8: bool) -> Bundle:
-    """Return the bundle for a format and whether products are of integers."""
-    return Bundle(("linear",), (("CODING", coding(row)), ("INT8", int(int8))))
+def bundle(row: Format, int8: bool, rows: int) -> Bundle:
+    """Return the bundle for a format, whether products are of integers, and rows that share a reading of the weight."""
+    return Bundle(("linear",), (("CODING", coding(row)), ("INT8", int(int8)), ("ROWS", rows)))
 
 
 @lru_cache(maxsize=32)
@@ -58,11 +58,11 @@ def quant_linear(
     row, sizes = form.format, form.geometry(x.shape[-1])
     rows, stride = rows_of(x)
     blocks = -(-out_features // 16) if epilogue in GATED else weight.shape[0]
-    few = len(rows) == 1
+    shared = 1 if len(rows) == 1 else ROWS
     parts = min(PARTS, sizes.tiles)
     launch(
-        x.device, bundle(row, compute == "int8"), "quant_linear_1" if few else f"quant_linear_{ROWS}",
-        (-(-len(rows) // (1 if few else ROWS)), 1, blocks), (1, parts, 16),
+        x.device, bundle(row, compute == "int8", shared), "quant_linear",
+        (-(-len(rows) // shared), 1, blocks), (1, parts, 16),
         rows, weight.contiguous(), None if bias is None else bias.contiguous(), None if other is None else other.contiguous(),
         book(row, compute, x.device), out, len(rows), out_features, x.shape[-1], stride,
         sizes.tiles, sizes.tile_bytes, sizes.group, sizes.padded_group, sizes.segment, KINDS[form.scale_dtype], KINDS[x.dtype],
