@@ -46,7 +46,8 @@ struct Shared {
     };
     float sum[ROWS * 2 * kTile];  // of the weighted values, by parts of the keys
   };
-  float highest[ROWS][kSubs], total[ROWS][kSubs], most[ROWS];
+  float highest[ROWS][kSubs], part[ROWS][kTile];   // of a tile by sub-groups; sums of weights by items
+  float most[2][ROWS], change[ROWS], total[ROWS];  // highest scores before and after a tile; what that makes of sums
 };
 syclex::work_group_static<Shared> shared_of;
 
@@ -139,7 +140,7 @@ struct Group {
     const int64_t row = row_of(c, b, t), known = row < 0 ? 0 : row;
     const char* key = c.key + (known * c.key_row + k * c.key_head + t * c.key_token) * c.bytes();
     float s[ROWS] = {};
-#pragma unroll(D && sizeof(KV) > 1 ? 2 : 1)
+#pragma unroll(D && sizeof(KV) > 1 && ROWS < 8 ? 2 : 1)
     for (int i = 0; i < width; i += kChunk) {
       float v[kChunk];
       read<kChunk>(c, key, i, v);
@@ -167,6 +168,11 @@ struct Group {
 
   // Adds the weighted values of a tile's keys, those of `part` of `parts`, in the dimensions of a slice.
   inline void add_values(int buffer, int part, int parts, int slice, float (&sum)[ROWS][kTurns * kWord]) const {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+      for (int i = 0; i < kTurns * kWord; i++) sum[r][i] *= shared.change[r];
+    }
 #pragma unroll 1
     for (int batch = part; batch < kSubs; batch += parts) {
       if (shared.at[buffer][batch * kLanes] < 0) continue;
@@ -191,9 +197,8 @@ struct Group {
 
   // Writes a row of the result, or with several splits of the keys this one's part of it.
   inline void finish(int r, int parts, float* partial, T* out) const {
-    float total = 0.f, factor = 1.f;
-    for (int i = 0; i < kSubs; i++) total += shared.total[r][i];
-    const float highest = shared.most[r];
+    const float highest = shared.most[0][r];
+    float total = shared.total[r], factor = 1.f;
     if (partial) {
       if (lane == 0) partial[value_width] = highest, partial[value_width + 1] = total;
     } else {
@@ -231,7 +236,8 @@ inline void run(const Call& c) {
     const int s = (first + r) / per, h = g.k * per + (first + r) % per;
     const T* from = c.query + g.b * c.query_row + s * c.query_token + h * c.query_head;
     for (int i = lane; i < width; i += kLanes) shared.query[r][i] = r < count ? load(from + i) * c.scale : 0.f;
-    if (lane == 0) shared.token[r] = s, shared.head[r] = h;
+    for (int i = lane; i < kTile; i += kLanes) shared.part[r][i] = 0.f;
+    if (lane == 0) shared.token[r] = s, shared.head[r] = h, shared.most[0][r] = kNone;
   }
   sycl::group_barrier(group);
 
@@ -246,30 +252,27 @@ inline void run(const Call& c) {
   const int slices = (value_width + kSlice - 1) / kSlice;
   const int parts = sycl::max(1, sycl::min(kSubs / slices, 2 * kTile / value_width));
   const int slice = slices < kSubs ? id % slices : id, part = slices < kSubs ? id / slices : 0;
-  float highest[ROWS], total[ROWS] = {}, sum[ROWS][kTurns * kWord] = {};
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) highest[r] = kNone;
+  float sum[ROWS][kTurns * kWord] = {};
+  const int mine = id * kLanes + lane;
   int buffer = 0;
   for (int t0 = begin; t0 < end; t0 += kTile, buffer ^= 1) {
-    const int mine = id * kLanes + lane, t = t0 + mine;
-    const float factor = g.score(sycl::min(t, end - 1), t < end, buffer);
+    const float factor = g.score(sycl::min(t0 + mine, end - 1), t0 + mine < end, buffer);
 #pragma unroll 1
     for (int r = 0; r < ROWS; r++) {
       const float most = sycl::reduce_over_group(sub, shared.score[r][mine], sycl::maximum<float>());
       if (lane == 0) shared.highest[r][id] = most;
     }
     sycl::group_barrier(group);
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < ROWS; r++) {
-      float most = highest[r];
+      const float before = shared.most[buffer][r];
+      float most = before;
 #pragma unroll
       for (int i = 0; i < kSubs; i++) most = sycl::fmax(most, shared.highest[r][i]);
       const float base = most == kNone ? 0.f : most;
-      const float change = exponential(highest[r] - base), weight = exponential(shared.score[r][mine] - base);
-      highest[r] = most;
-      total[r] = total[r] * change + weight;
-#pragma unroll
-      for (int i = 0; i < kTurns * kWord; i++) sum[r][i] *= change;
+      const float change = exponential(before - base), weight = exponential(shared.score[r][mine] - base);
+      shared.most[buffer ^ 1][r] = most, shared.change[r] = change;  // every item writes the same
+      shared.part[r][mine] = shared.part[r][mine] * change + weight;
       shared.weight[buffer][mine][r] = weight * factor;
     }
     sycl::group_barrier(group);
@@ -277,10 +280,15 @@ inline void run(const Call& c) {
   }
 
   sycl::group_barrier(group);
+#pragma unroll 1
+  for (int r = id; r < ROWS; r += kSubs) {
+    float total = 0.f;
+    for (int i = lane; i < kTile; i += kLanes) total += shared.part[r][i];
+    total = sycl::reduce_over_group(sub, total, sycl::plus<float>());
+    if (lane == 0) shared.total[r] = total, shared.most[0][r] = shared.most[buffer][r];
+  }
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
-    const float one = sycl::reduce_over_group(sub, total[r], sycl::plus<float>());
-    if (lane == 0) shared.total[r][id] = one, shared.most[r] = highest[r];
 #pragma unroll
     for (int i = 0; i < kTurns * kWord; i++) {
       const int at = ((slice + i / kWord * kSubs) * kLanes + lane) * kWord + i % kWord;
