@@ -10,8 +10,8 @@ namespace attention {
 
 constexpr int kLanes = 16, kSubs = 8, kTile = kLanes * kSubs;
 constexpr int kWidest = D ? D : 256, kValuesWidest = DV ? DV : 256;
-constexpr int kWord = D ? 4 / int(sizeof(KV)) : 1;    // dimensions that a lane reads at once, of values
-constexpr int kChunk = D ? 16 / int(sizeof(KV)) : 1;  // of keys
+constexpr int kWord = D ? 4 / int(sizeof(KV)) : 1;         // dimensions that a lane reads at once, of values
+constexpr int kChunk = D ? (sizeof(KV) == 4 ? 4 : 8) : 1;  // of keys
 constexpr int kSlice = kLanes * kWord;
 constexpr int kTurns = (kValuesWidest + kSlice * kSubs - 1) / (kSlice * kSubs);  // slices of a sub-group
 constexpr float kNone = -std::numeric_limits<float>::infinity();
@@ -67,15 +67,19 @@ inline void unpack(uint32_t word, float* v) {
   }
 }
 
-// N dimensions from i on, a multiple of those of a dword; one without D.
+// N dimensions from i on, a multiple of N; one without D.
 template <int N>
 inline void read(const Call& c, const char* row, int i, float* v) {
-  if constexpr (D != 0) {
+  if constexpr (D == 0) {
+    v[0] = c.codes() ? *reinterpret_cast<const int8_t*>(row + i) : load_kind(row, c.kind, i);
+  } else if constexpr (N * sizeof(KV) < 4) {
+    const uint32_t word = *reinterpret_cast<const uint16_t*>(row + i);
+    v[0] = static_cast<int8_t>(word), v[1] = static_cast<int8_t>(word >> 8);
+  } else {
+    constexpr int kPer = 4 / sizeof(KV);
     const auto* words = reinterpret_cast<const uint32_t*>(row + i * sizeof(KV));
 #pragma unroll
-    for (int w = 0; w < N / kWord; w++) unpack<KV>(words[w], v + w * kWord);
-  } else {
-    v[0] = c.codes() ? *reinterpret_cast<const int8_t*>(row + i) : load_kind(row, c.kind, i);
+    for (int w = 0; w < N / kPer; w++) unpack<KV>(words[w], v + w * kPer);
   }
 }
 
@@ -92,7 +96,7 @@ inline float scale_of(const Call& c, const char* row, int width) {
 }
 
 // The row of the cache that holds token t of row b; -1 for an entry outside the cache.
-inline int64_t row_of(const Call& c, int64_t b, int64_t t) {
+inline int64_t row_of(const Call& c, int64_t b, int t) {
   if (!c.rows) return b;
   const int64_t row = c.rows[b * c.rows_row + t];
   return row < c.cache_rows ? row : -1;
@@ -107,12 +111,12 @@ struct Group {
 
   // Puts what is added to the scores of key t where the scores go, none where the key is hidden; whether any row sees
   // it.
-  inline bool visible(int64_t t, bool inside) const {
+  inline bool visible(int t, bool inside) const {
     bool any = false;
 #pragma unroll 1
     for (int r = 0; r < ROWS; r++) {
-      const int64_t s = shared.token[r], h = shared.head[r], distance = t - (c.length - c.tokens + s);
-      bool sees = inside && r < count && !(c.causal && distance > 0) && !(c.window > 0 && distance <= -c.window);
+      const int s = shared.token[r], h = shared.head[r], distance = t - (int(c.length) - int(c.tokens) + s);
+      bool sees = inside && r < count && !(c.causal && distance > 0) && !(c.window > 0 && -distance >= c.window);
       float bias = c.slopes && sees ? c.slopes[h] * distance : 0.f;
       if (c.mask && sees) {
         const int64_t at = b * c.mask_row + h * c.mask_head + s * c.mask_token + t * c.mask_column;
@@ -130,7 +134,7 @@ struct Group {
   }
 
   // Scores of key t, one of each lane; returns what its value is to be multiplied by.
-  inline float score(int64_t t, bool inside, int buffer) const {
+  inline float score(int t, bool inside, int buffer) const {
     const int mine = id * kLanes + lane;
     const bool sees = visible(t, inside);
     if (!sycl::any_of_group(sub, sees)) {
@@ -176,7 +180,7 @@ struct Group {
 #pragma unroll 1
     for (int batch = part; batch < kSubs; batch += parts) {
       if (shared.at[buffer][batch * kLanes] < 0) continue;
-#pragma unroll 4
+#pragma unroll(ROWS < 8 ? 4 : 2)
       for (int j = batch * kLanes; j < (batch + 1) * kLanes; j++) {
         const char* value = c.value + shared.at[buffer][j];
 #pragma unroll
@@ -228,7 +232,7 @@ inline void run(const Call& c) {
   auto& shared = static_cast<Shared&>(shared_of);
   const int lane = sub.get_local_linear_id(), id = sub.get_group_linear_id();
   const int width = D ? D : c.width, value_width = DV ? DV : c.value_width;
-  const int pair = it.get_group(2), per = c.heads / c.kv_heads, kv_heads = c.kv_heads;
+  const int pair = it.get_group(2), kv_heads = c.kv_heads, per = int(c.heads) / kv_heads;
   const int all = c.tokens * per, first = it.get_group(1) * ROWS, count = sycl::min(ROWS, all - first);
   const Group g{c, shared, sub, lane, id, width, value_width, count, pair / kv_heads, pair % kv_heads};
 #pragma unroll 1
@@ -242,9 +246,9 @@ inline void run(const Call& c) {
   sycl::group_barrier(group);
 
   // Of what any of the rows may see, the tiles of this split.
-  const int64_t position = c.length - c.tokens + first / per, last = c.length - c.tokens + (first + count - 1) / per;
-  const int low = c.window > 0 ? sycl::max<int64_t>(0, position - c.window + 1) : 0;
-  const int high = c.causal ? sycl::min(c.length, last + 1) : c.length;
+  const int length = c.length, past = length - int(c.tokens), window = sycl::min<int64_t>(c.window, c.length);
+  const int low = window > 0 ? sycl::max(0, past + first / per - window + 1) : 0;
+  const int high = c.causal ? sycl::min(length, past + (first + count - 1) / per + 1) : length;
   const int splits = it.get_group_range(0), split = it.get_group(0);
   const int tiles = high > low ? (high - low + kTile - 1) / kTile : 0, share = (tiles + splits - 1) / splits;
   const int begin = low + split * share * kTile, end = sycl::min(high, begin + share * kTile);
