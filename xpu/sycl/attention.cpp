@@ -11,9 +11,10 @@ namespace attention {
 constexpr int kLanes = 16, kSubs = 8, kTile = kLanes * kSubs;
 constexpr int kWidest = D ? D : 256, kValuesWidest = DV ? DV : 256;
 constexpr int kWord = D ? 4 / int(sizeof(KV)) : 1;         // dimensions that a lane reads at once, of values
-constexpr int kChunk = D ? (sizeof(KV) == 4 ? 4 : 8) : 1;  // of keys
+constexpr int kChunk = D ? (sizeof(KV) == 2 ? 8 : 4) : 1;  // of keys
 constexpr int kSlice = kLanes * kWord;
 constexpr int kTurns = (kValuesWidest + kSlice * kSubs - 1) / (kSlice * kSubs);  // slices of a sub-group
+constexpr int kStep = ROWS < 8 ? 4 : 2;                                          // keys whose values are read at once
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 struct Call {
@@ -158,7 +159,7 @@ struct Group {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       float v = s[r] * factor;
-      if (c.softcap > 0.f) v = c.softcap * sycl::tanh(v / c.softcap);
+      if (c.softcap > 0.f) v = c.softcap - 2.f * c.softcap / (1.f + exponential(2.f * v / c.softcap));  // tanh
       const float bias = shared.score[r][mine];
       shared.score[r][mine] = bias == kNone ? kNone : v + bias;
     }
@@ -177,22 +178,27 @@ struct Group {
 #pragma unroll
       for (int i = 0; i < kTurns * kWord; i++) sum[r][i] *= shared.change[r];
     }
+    // Without a branch around the sums, of which each would cost copies: lanes beyond the dimensions add what nobody
+    // reads.
 #pragma unroll 1
-    for (int batch = part; batch < kSubs; batch += parts) {
-      if (shared.at[buffer][batch * kLanes] < 0) continue;
-#pragma unroll(ROWS < 8 ? 4 : 2)
-      for (int j = batch * kLanes; j < (batch + 1) * kLanes; j++) {
-        const char* value = c.value + shared.at[buffer][j];
+    for (int batch = part < parts ? part : kSubs; batch < kSubs; batch += parts) {
+      const int start = batch * kLanes, stop = shared.at[buffer][start] < 0 ? start : start + kLanes;
+#pragma unroll 1
+      for (int j0 = start; j0 < stop; j0 += kStep) {
 #pragma unroll
-        for (int turn = 0; turn < kTurns; turn++) {
-          const int i = ((slice + turn * kSubs) * kLanes + lane) * kWord;
-          float v[kWord] = {};
-          if (i < value_width) read<kWord>(c, value, i, v);
+        for (int j = j0; j < j0 + kStep; j++) {
+          const char* value = c.value + shared.at[buffer][j];
 #pragma unroll
-          for (int r = 0; r < ROWS; r++) {
-            const float weight = shared.weight[buffer][j][r];
+          for (int turn = 0; turn < kTurns; turn++) {
+            const int i = ((slice + turn * kSubs) * kLanes + lane) * kWord;
+            float v[kWord];
+            read<kWord>(c, value, sycl::min(i, value_width - kWord), v);
 #pragma unroll
-            for (int e = 0; e < kWord; e++) sum[r][turn * kWord + e] += weight * v[e];
+            for (int r = 0; r < ROWS; r++) {
+              const float weight = shared.weight[buffer][j][r];
+#pragma unroll
+              for (int e = 0; e < kWord; e++) sum[r][turn * kWord + e] += weight * v[e];
+            }
           }
         }
       }
@@ -230,7 +236,8 @@ inline void run(const Call& c) {
   const auto group = it.get_group();
   const auto sub = it.get_sub_group();
   auto& shared = static_cast<Shared&>(shared_of);
-  const int lane = sub.get_local_linear_id(), id = sub.get_group_linear_id();
+  const int lane = sub.get_local_linear_id();
+  const int id = sycl::group_broadcast(sub, int(sub.get_group_linear_id()), 0);  // the compiler sees that lanes agree
   const int width = D ? D : c.width, value_width = DV ? DV : c.value_width;
   const int pair = it.get_group(2), kv_heads = c.kv_heads, per = int(c.heads) / kv_heads;
   const int all = c.tokens * per, first = it.get_group(1) * ROWS, count = sycl::min(ROWS, all - first);
@@ -280,7 +287,7 @@ inline void run(const Call& c) {
       shared.weight[buffer][mine][r] = weight * factor;
     }
     sycl::group_barrier(group);
-    if (part < parts) g.add_values(buffer, part, parts, slice, sum);
+    g.add_values(buffer, part, parts, slice, sum);
   }
 
   sycl::group_barrier(group);
