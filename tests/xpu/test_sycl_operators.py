@@ -38,7 +38,7 @@ def test_equals_reference_in_double(name: str, dtype: torch.dtype, programs: pyt
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_attention_with_few_and_many_rows(rows: int, programs: pytest.MonkeyPatch) -> None:
-    kinds = (torch.bfloat16, torch.int8, 128)
+    kinds = (torch.bfloat16, torch.float16, 128)
     programs.setattr(attention, "has_program", lambda *asked: asked == kinds)
     programs.setattr(attention, "ROWS", (rows,))
     found = [s for s in OPERATORS["attention"].sample_inputs(kinds[0]) if s.args[1].dtype == kinds[1]]

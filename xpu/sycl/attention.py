@@ -56,6 +56,15 @@ def _exact(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return not any(stride % words for stride in strides) and not (key.data_ptr() | value.data_ptr()) % 4
 
 
+def rows_of_program(rows: int, cache: torch.dtype) -> int:
+    """Return the number of query rows of a work-group: the smallest that holds all, or else the largest.
+
+    With an int8 cache 8 rows would not fit into the registers of Arc.
+    """
+    numbers = [n for n in ROWS if n <= 4 or cache != torch.int8]
+    return next((n for n in numbers if n >= rows), numbers[-1])
+
+
 def splits_of(groups: int, length: int) -> int:
     """Return the number of parts of the keys that work-groups of their own take: 1 where there are enough work-groups."""
     tiles = -(-length // (TILE * FEWEST_TILES))
@@ -87,7 +96,7 @@ def attention(
     query = last_dense(query)
     (B, S, H, D), Hk, Dv = query.shape, key.shape[1], row_width(value)
     exact = _exact(query, key, value)
-    count = next((n for n in ROWS if n >= S * (H // Hk)), ROWS[-1]) if exact else ANY_ROWS
+    count = rows_of_program(S * (H // Hk), key.dtype) if exact else ANY_ROWS
     program = bundle(query.dtype, count, key.dtype, D) if exact else bundle(query.dtype, count)
     blocks = -(-S * (H // Hk) // count)
     splits = splits_of(B * Hk * blocks, min(length, window + S) if window else length)
