@@ -69,7 +69,11 @@ def _dump(bundles: Sequence[tuple[tuple[str, ...], tuple[tuple[str, str | int], 
 
 def missing() -> str | None:
     """Return what is missing to run the offline compiler, or None."""
-    return None if shutil.which("ocloc") else "Intel's offline compiler ocloc is not found (Debian and Ubuntu: intel-opencl-icd)"
+    return (
+        None
+        if shutil.which("ocloc")
+        else "Intel's offline compiler ocloc is not found (Debian and Ubuntu: intel-opencl-icd)"
+    )
 
 
 def compile_for(device: str, code: bytes) -> bytes:
@@ -121,8 +125,7 @@ def figures(bundle: Bundle, device: str, binary: bytes) -> Iterator[KernelFigure
             return int(found[1]) if found else 0
 
         buffers = {
-            match[1]: int(match[2])
-            for match in re.finditer(r"- type:\s+(\w+)\s+usage:\s+\w+\s+size:\s+(\d+)", text)
+            match[1]: int(match[2]) for match in re.finditer(r"- type:\s+(\w+)\s+usage:\s+\w+\s+size:\s+(\d+)", text)
         }
         yield KernelFigures(
             str(bundle), name, device, number("simd_size"), number("grf_count"),
