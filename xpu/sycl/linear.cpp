@@ -15,7 +15,8 @@ constexpr int kLanes = 16, kGroups = 16;  // items of a sub-group; most sub-grou
 using Sum = std::conditional_t<INT8, int, float>;
 
 struct Shape {
-  int64_t rows, outputs, inputs, x_stride, tiles, tile_bytes, group, padded_group;
+  int rows, outputs, inputs, x_stride, tiles, tile_bytes, group,
+      padded_group;  // sizes below 2^31, offsets made of them are not
   int segment, scale_kind, x_kind;
   bool asymmetric, round_to_bf16;
   float unit;  // of the look-up's values
@@ -60,14 +61,13 @@ struct Rows {
 
 // Reads a tile's inputs and, for INT8, rounds them as ops.linear.quantize_activations does.
 template <int M>
-inline void read_inputs(Rows<M>& r, const void* x, int64_t m0, int64_t tile, const Shape& s, sycl::sub_group sg) {
-  const int64_t position = tile * 128 + sg.get_local_linear_id() * 8;
-  const int64_t group = position / s.padded_group, within = position - group * s.padded_group,
-                k = group * s.group + within;
-  const int64_t left = sycl::max<int64_t>(0, sycl::min(s.group - within, s.inputs - k));
+inline void read_inputs(Rows<M>& r, const void* x, int m0, int tile, const Shape& s, sycl::sub_group sg) {
+  const int position = tile * 128 + sg.get_local_linear_id() * 8;
+  const int group = position / s.padded_group, within = position - group * s.padded_group, k = group * s.group + within;
+  const int left = sycl::max(0, sycl::min(s.group - within, s.inputs - k));
 #pragma unroll
   for (int m = 0; m < M; m++) {
-    const int64_t row = sycl::min(m0 + m, s.rows - 1) * s.x_stride + k;
+    const int64_t row = static_cast<int64_t>(sycl::min(m0 + m, s.rows - 1)) * s.x_stride + k;
     float x8[8], factor = 1.f;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -121,36 +121,43 @@ inline void end_segment(Rows<M>& r, const uint8_t* tile, int segment, const Shap
   }
 }
 
+// Reads 8 rows of a tile, 512 bytes, in one message: word r of a lane is its dword of row r.
+inline sycl::vec<uint32_t, 8> read_words(const uint32_t* words, sycl::sub_group sg) {
+  sycl::vec<uint32_t, 8> out;
+  const auto from = syclex::static_address_cast<sycl::access::address_space::global_space>(words);
+  syclex::group_load(sg, from, out,
+                     syclex::properties{syclex::data_placement_striped, syclex::contiguous_memory, syclex::full_group});
+  return out;
+}
+
 template <int M>
 inline void multiply_tile(Rows<M>& r, const uint8_t* tile, Sum entry, const Shape& s, sycl::sub_group sg) {
+  constexpr int kStep = 16 / kBits;  // lanes whose inputs are in 8 rows
   const int lane = sg.get_local_linear_id();
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(tile) + lane;
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(tile);
 #pragma unroll 1
-  for (int chunk = 0; chunk < 4; chunk++) {  // of 32 inputs, the smallest segment: those that lanes 0 to 3 hold now
+  for (int done = 0; done < kLanes;) {
+    const auto eight = read_words(words, sg);
+    words += 8 * kLanes;
 #pragma unroll
-    for (int k8 = 0; k8 < 4; k8++) {
+    for (int row = 0; row < 8; row++) {
+      const uint32_t word = centered(eight[row]);
+      const int half = row % 2, k8 = kBits == 4 ? row / 2 : row / 4, first = kBits == 4 ? 0 : row / 2 % 2 * 4;
 #pragma unroll
-      for (int part = 0; part < kBits / 4; part++) {  // 8 bits: four inputs to a dword
+      for (int i = 0; i < 32 / kBits; i++) {
+        const Sum w = decode(word, i % 4 * 8 + i / 4 * 4, entry, sg);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const uint32_t word = centered(words[((k8 * (kBits / 4) + part) * 2 + half) * kLanes]);
-#pragma unroll
-          for (int i = 0; i < 32 / kBits; i++) {
-            const Sum w = decode(word, i % 4 * 8 + i / 4 * 4, entry, sg);
-#pragma unroll
-            for (int m = 0; m < M; m++) r.sum[m][half] += sycl::group_broadcast(sg, r.x[m][part * 4 + i], k8) * w;
-          }
-        }
+        for (int m = 0; m < M; m++) r.sum[m][half] += sycl::group_broadcast(sg, r.x[m][first + i], k8) * w;
       }
     }
-    words += 4 * (kBits / 4) * 2 * kLanes;
+    // The inputs move on, so that broadcasts are from lanes known at compile time: a register, not a message.
 #pragma unroll
-    for (int m = 0; m < M;
-         m++) {  // so that the lanes of broadcasts are known at compile time: a register, not a message
+    for (int m = 0; m < M; m++) {
 #pragma unroll
-      for (int i = 0; i < 8; i++) r.x[m][i] = sycl::select_from_group(sg, r.x[m][i], (lane + 4) % kLanes);
+      for (int i = 0; i < 8; i++) r.x[m][i] = sycl::select_from_group(sg, r.x[m][i], (lane + kStep) % kLanes);
     }
-    if ((chunk + 1) * 32 % s.segment == 0) end_segment(r, tile, ((chunk + 1) * 32 - 1) / s.segment, s, sg);
+    done += kStep;
+    if (done * 8 % s.segment == 0) end_segment(r, tile, (done * 8 - 1) / s.segment, s, sg);
   }
 }
 
@@ -179,19 +186,20 @@ inline void finish(float v0, float v1, const void* bias, const void* other, void
   float y[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const int64_t n = block * 32 + half * 16 + lane;
+    const int n = block * 32 + half * 16 + lane;
     y[half] = v[half] + (bias && (epilogue >= silu_mul || n < s.outputs) ? load_kind(bias, bias_kind, n) : 0.f);
   }
   if (epilogue >= silu_mul) {
-    const int64_t n = block * 16 + lane;
-    if (n < s.outputs) store_kind(out, s.x_kind, m * s.outputs + n, activate(y[0], epilogue) * y[1]);
+    const int n = block * 16 + lane;
+    if (n < s.outputs)
+      store_kind(out, s.x_kind, static_cast<int64_t>(m) * s.outputs + n, activate(y[0], epilogue) * y[1]);
     return;
   }
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const int64_t n = block * 32 + half * 16 + lane;
+    const int n = block * 32 + half * 16 + lane;
     if (n >= s.outputs) continue;
-    const int64_t at = m * s.outputs + n;
+    const int64_t at = static_cast<int64_t>(m) * s.outputs + n;
     float one = activate(y[half], epilogue);
     if (epilogue == add) one += load_kind(other, s.x_kind, at);
     if (epilogue == mul) one *= load_kind(other, s.x_kind, at);
@@ -214,11 +222,11 @@ inline void run(const void* x, const uint8_t* weight, const void* bias, const vo
   const auto it = item();
   const auto sg = it.get_sub_group();
   const int part = it.get_local_id(1), parts = it.get_local_range(1), lane = sg.get_local_linear_id();
-  const int64_t block = it.get_group(2), m0 = it.get_group(0) * M;
+  const int block = it.get_group(0), m0 = it.get_group(2) * M;  // groups of one block run side by side
   const Sum entry = CODING == book ? static_cast<Sum>(values[lane]) : Sum(0);
   Rows<M> r{};
-  const uint8_t* tile = weight + (block * s.tiles + part) * s.tile_bytes;
-  for (int64_t t = part; t < s.tiles; t += parts, tile += parts * s.tile_bytes) {
+  const uint8_t* tile = weight + (static_cast<int64_t>(block) * s.tiles + part) * s.tile_bytes;
+  for (int t = part; t < s.tiles; t += parts, tile += parts * s.tile_bytes) {
     read_inputs(r, x, m0, t, s, sg);
     multiply_tile(r, tile, entry, s, sg);
   }
@@ -241,8 +249,8 @@ void quant_linear(const void* x, const uint8_t* weight, const void* bias, const 
                   int64_t tile_bytes, int64_t group, int64_t padded_group, int64_t segment, int64_t scale_kind,
                   int64_t x_kind, int64_t bias_kind, int64_t asymmetric, int64_t round_to_bf16, int64_t epilogue,
                   float unit) {
-  const linear::Shape s{
-      rows,         outputs,      inputs,          x_stride,    tiles,           tile_bytes,         group,
-      padded_group, int(segment), int(scale_kind), int(x_kind), asymmetric != 0, round_to_bf16 != 0, unit};
+  const linear::Shape s{int(rows),       int(outputs),    int(inputs),        int(x_stride), int(tiles),
+                        int(tile_bytes), int(group),      int(padded_group),  int(segment),  int(scale_kind),
+                        int(x_kind),     asymmetric != 0, round_to_bf16 != 0, unit};
   linear::run<ROWS>(x, weight, bias, other, values, out, s, epilogue, bias_kind);
 }

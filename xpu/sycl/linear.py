@@ -14,8 +14,9 @@ from ..route import route
 from .bundle import KINDS, Bundle, launch
 from .pointwise import rows_of
 
-#: Sub-groups of a work-group, which share the tiles of a block of outputs, at most; rows that share a reading of the weight.
-PARTS, ROWS = 16, 4
+#: Sub-groups of a work-group, which share the tiles of a block of outputs, at most; rows that share a reading of the weight (with 2 the
+#: registers of Arc do not suffice: `llmrt xpu table`; the rows of a block run side by side and meet in the cache).
+PARTS, ROWS = 16, 1
 _FLOATS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 4}
 
 
@@ -58,11 +59,10 @@ def quant_linear(
     row, sizes = form.format, form.geometry(x.shape[-1])
     rows, stride = rows_of(x)
     blocks = -(-out_features // 16) if epilogue in GATED else weight.shape[0]
-    shared = 1 if len(rows) == 1 else ROWS
     parts = min(PARTS, sizes.tiles)
     launch(
-        x.device, bundle(row, compute == "int8", shared), "quant_linear",
-        (-(-len(rows) // shared), 1, blocks), (1, parts, 16),
+        x.device, bundle(row, compute == "int8", ROWS), "quant_linear",
+        (blocks, 1, -(-len(rows) // ROWS)), (1, parts, 16),
         rows, weight.contiguous(), None if bias is None else bias.contiguous(), None if other is None else other.contiguous(),
         book(row, compute, x.device), out, len(rows), out_features, x.shape[-1], stride,
         sizes.tiles, sizes.tile_bytes, sizes.group, sizes.padded_group, sizes.segment, KINDS[form.scale_dtype], KINDS[x.dtype],
