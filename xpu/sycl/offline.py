@@ -46,8 +46,8 @@ class KernelFigures:
     private: int
 
 
-def spirv(bundles: Sequence[Bundle]) -> list[bytes]:
-    """Return the SPIR-V of each bundle; a process of its own compiles them, since SYCL reads the variable for it at its start."""
+def spirv(bundles: Sequence[Bundle]) -> list[list[bytes]]:
+    """Return the SPIR-V of each bundle, in the parts that SYCL splits it into; a process of its own compiles them, since SYCL reads the variable for it at its start."""
     with tempfile.TemporaryDirectory() as folder:
         code = f"from {__name__} import _dump; _dump({[(b.sources, b.constants) for b in bundles]!r})"
         root = Path(__file__).resolve().parents[len(__name__.split(".")) - 2]
@@ -56,15 +56,16 @@ def spirv(bundles: Sequence[Bundle]) -> list[bytes]:
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"SYCL: compiling for the offline compiler failed:\n{done.stderr[-2000:]}")
-        return [(Path(folder) / f"{i}.spv").read_bytes() for i in range(len(bundles))]
+        found = (sorted(Path(folder).glob(f"{i}-*.spv")) for i in range(len(bundles)))
+        return [[path.read_bytes() for path in paths] for paths in found]
 
 
 def _dump(bundles: Sequence[tuple[tuple[str, ...], tuple[tuple[str, str | int], ...]]]) -> None:
     """Build bundles and name what SYCL writes into the working folder by their places."""
     for i, (sources, constants) in enumerate(bundles):
         build(cpu_queue(), Bundle(sources, constants))
-        (new,) = Path.cwd().glob("sycl_*.spv")
-        new.rename(f"{i}.spv")
+        for part, new in enumerate(sorted(Path.cwd().glob("sycl_*.spv"))):
+            new.rename(f"{i}-{part}.spv")
 
 
 def missing() -> str | None:
@@ -135,6 +136,7 @@ def figures(bundle: Bundle, device: str, binary: bytes) -> Iterator[KernelFigure
 
 def survey(bundles: Sequence[Bundle], devices: Sequence[str] = DEVICES) -> Iterator[KernelFigures]:
     """Yield the figures of every kernel of every bundle on every GPU."""
-    for bundle, code in zip(bundles, spirv(bundles), strict=True):
+    for bundle, parts in zip(bundles, spirv(bundles), strict=True):
         for device in devices:
-            yield from figures(bundle, device, compile_for(device, code))
+            for code in parts:
+                yield from figures(bundle, device, compile_for(device, code))
