@@ -47,7 +47,10 @@ class KernelFigures:
 
 
 def spirv(bundles: Sequence[Bundle]) -> list[list[bytes]]:
-    """Return the SPIR-V of each bundle, in the parts that SYCL splits it into; a process of its own compiles them, since SYCL reads the variable for it at its start."""
+    """Return the SPIR-V of each bundle, in the parts that SYCL splits it into.
+
+    A process of its own compiles them, since SYCL reads the variable for it at its start.
+    """
     with tempfile.TemporaryDirectory() as folder:
         code = f"from {__name__} import _dump; _dump({[(b.sources, b.constants) for b in bundles]!r})"
         root = Path(__file__).resolve().parents[len(__name__.split(".")) - 2]
