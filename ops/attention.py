@@ -49,8 +49,10 @@ def check_attention(
     softcap: float,
     rows: Tensor | None,
     beams: int,
+    values: bool = True,
 ) -> None:
-    """Raise RuntimeError unless these arguments of attention fit together."""
+    """Raise RuntimeError unless these arguments of attention fit together; without `values` the entries of rows are not read, as a
+    device would have to be waited for."""
     check_floating(query, "query")
     check_stored(key, query.dtype, "key")
     check_dtype(value, key.dtype, "value")
@@ -83,7 +85,7 @@ def check_attention(
         f"rows has shape {list(rows.shape)}; expected [{batch}, >= {length}]",
     )
     used = rows[:, :length]
-    if used.numel():
+    if values and used.numel():
         low, high = int(used.min()), int(used.max())
         check(
             low >= 0 and high < cache_rows,

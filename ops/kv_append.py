@@ -23,8 +23,12 @@ def check_append(
     every: int,
     positions: Tensor | None,
     counter: Tensor | None,
+    values: bool = True,
 ) -> int:
-    """Raise RuntimeError unless the arguments of kv_append fit together; return the place of the first token."""
+    """Raise RuntimeError unless the arguments of kv_append fit together; return the place of the first token.
+
+    Without `values` positions and counter are not read, as a device would have to be waited for; the place then is 0 with a counter.
+    """
     check_floating(key, "key")
     check_stored(key_cache, key.dtype, "key_cache")
     check_dtype(value_cache, key_cache.dtype, "value_cache")
@@ -46,7 +50,7 @@ def check_append(
     if counter is not None:
         check(positions is None, "positions and counter are given; valid: one of them")
         check_counter(counter)
-        position = int(counter)
+        position = int(counter) if values else 0
     if positions is None:
         check(
             position >= 0 and position + key.shape[1] <= capacity,
@@ -55,7 +59,7 @@ def check_append(
         return position
     check_dtype(positions, torch.int64, "positions")
     check_shape(positions, (key.shape[1],), "positions")
-    if positions.numel():
+    if values and positions.numel():
         for entry in (int(positions.min()), int(positions.max())):
             check(0 <= entry < capacity, f"positions has value {entry}; valid: 0 to {capacity - 1}")
     return position

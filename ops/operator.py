@@ -64,6 +64,8 @@ class Operator(Generic[P, R]):
         self.reference = reference
         self.mutates = mutates
         self.exact = exact
+        #: Checks the arguments as far as it goes without reading values, and returns empty results on their device.
+        self.empty: Callable[P, R] = reference
         self.__doc__ = reference.__doc__
         self._samples: Callable[[torch.dtype], Iterator[Sample]] | None = None
         schema = torch.library.infer_schema(reference, mutates_args=mutates)
@@ -79,6 +81,7 @@ class Operator(Generic[P, R]):
 
     def fake(self, function: Callable[P, R]) -> Callable[P, R]:
         """Replace the fake kernel (by default the reference) where shapes are cheaper to say than to compute."""
+        self.empty = function
         torch.library.register_fake(f"llmrt::{self.name}", function, lib=_library, allow_override=True)
         return function
 

@@ -1,0 +1,58 @@
+"""Triton's interpreter as the kernels need it: with bfloat16 that rounds to nearest and that `tl.dot` multiplies as numbers.
+
+With TRITON_INTERPRET=1 kernels run as Python over NumPy, which has no bfloat16: Triton 3.9 keeps its bits as integers, cuts bits off
+where a GPU rounds, and multiplies the integers in `tl.dot`. `repair` mends both, so that no kernel has to know who runs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+#: Whether kernels of this process are interpreted; Triton decides it where a kernel is defined.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def _widen(bits: Any) -> Any:
+    import numpy
+
+    return (numpy.asarray(bits).astype(numpy.uint32) << 16).view(numpy.float32)
+
+
+def _narrow(values: Any) -> Any:
+    import numpy
+
+    bits = numpy.ascontiguousarray(values).view(numpy.uint32).reshape(numpy.shape(values))
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return numpy.where(numpy.isnan(values), 0x7FC0, rounded).astype(numpy.uint16)
+
+
+def repair() -> None:
+    """Replace the interpreter's conversions and products of bfloat16; once, and only where kernels are interpreted."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    if hasattr(InterpreterBuilder, "llmrt_repaired"):
+        return
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def new_cast(self: Any, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target != tl.bfloat16:
+            return new_cast(self, TensorHandle(_widen(src.data), tl.float32), dst_type)
+        if target == tl.bfloat16 and source != tl.bfloat16:
+            wide = cast(self, src, tl.float32)
+            return TensorHandle(_narrow(wide.data), tl.bfloat16)
+        return src if source == target else cast(self, src, dst_type)
+
+    def new_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        a, b = (TensorHandle(_widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *args)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = new_cast, new_dot
+    InterpreterBuilder.llmrt_repaired = True
+
+
+if INTERPRETED:
+    repair()
