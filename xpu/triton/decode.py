@@ -20,21 +20,25 @@ from ...ops.formats import TILE_K, TILE_N, Layout
 def code_at(dwords, i, BITS: tl.constexpr):
     """The codes of input i of each dword, as int32."""
     if BITS == 4:
-        return (dwords >> (8 * (i % 4) + 4 * (i // 4))) & 15
-    return (dwords >> (8 * i)) & 255
+        code = (dwords >> (8 * (i % 4) + 4 * (i // 4))) & 15
+    else:
+        code = (dwords >> (8 * i)) & 255
+    return code
 
 
 @triton.jit
 def value_of(code, book, CODING: tl.constexpr, CENTER: tl.constexpr):
     """What codes stand for in float32: code - CENTER, the book's entry, or the float of 8 bits (exact, subnormal ones included)."""
     if CODING == "book":
-        return tl.load(book + code).to(tl.float32)
-    if CODING == "e5m2":
-        return (code << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    if CODING == "e4m3":  # with the exponent of a float16, 8 larger
+        value = tl.load(book + code).to(tl.float32)
+    elif CODING == "e5m2":
+        value = (code << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif CODING == "e4m3":  # a float16 has the same mantissa bits on top, and exponents larger by 8
         half = ((code & 127) << 7) | ((code & 128) << 8)
-        return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return (code - CENTER).to(tl.float32)
+        value = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    else:
+        value = (code - CENTER).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -42,8 +46,10 @@ def scale_of(stored, E8M0: tl.constexpr):
     """Scales in float32; those of e8m0 are exponents."""
     if E8M0:
         e = stored.to(tl.int32)
-        return tl.where(e == 0, 0x400000, e << 23).to(tl.float32, bitcast=True)
-    return stored.to(tl.float32)
+        scale = tl.where(e == 0, 0x400000, e << 23).to(tl.float32, bitcast=True)
+    else:
+        scale = stored.to(tl.float32)
+    return scale
 
 
 @triton.jit
@@ -52,9 +58,11 @@ def input_of(p, group, padded_group, inputs, PADDED: tl.constexpr):
     if PADDED:
         g = p // padded_group
         o = p - g * padded_group
-        k = g * group + o
-        return k, (o < group) & (k < inputs)
-    return p, p < inputs
+        k, there = g * group + o, o < group
+        there = there & (k < inputs)
+    else:
+        k, there = p, p < inputs
+    return k, there
 
 
 @triton.jit

@@ -25,14 +25,15 @@ def place_of(positions, counter, position, s, inside, tokens, capacity, p_s, SEE
         place = position + s
         if counter is not None:
             place += tl.load(counter)
-        return place, inside & (place >= 0) & (place < capacity)
-    place = tl.load(positions + s * p_s, inside, other=-1)
-    last = inside & (place >= 0) & (place < capacity)
-    for start in range(0, tokens, SEEN):
-        t = start + tl.arange(0, SEEN)[None, :]
-        others = tl.load(positions + t * p_s, t < tokens, other=-1)
-        later = (others == place) & (t > s)
-        last = last & (tl.max(later.to(tl.int32), 1, keep_dims=True) == 0)
+        last = inside & (place >= 0) & (place < capacity)
+    else:
+        place = tl.load(positions + s * p_s, inside, other=-1)
+        last = inside & (place >= 0) & (place < capacity)
+        for start in range(0, tokens, SEEN):
+            t = start + tl.arange(0, SEEN)[None, :]
+            others = tl.load(positions + t * p_s, t < tokens, other=-1)
+            later = (others == place) & (t > s)
+            last = last & (tl.max(later.to(tl.int32), 1, keep_dims=True) == 0)
     return place, last
 
 

@@ -27,8 +27,10 @@ def angles(table, position_ids, b, s, i, inside, length, t_b, t_s, t_i, p_b, p_s
     if position_ids is not None:
         position = tl.load(position_ids + b * p_b + s * p_s, inside, other=0)
         there = inside & (position >= 0) & (position < length)
-        return tl.load(table + position * t_s + i * t_i, there, other=float("nan")).to(tl.float32)
-    return tl.load(table + b * t_b + s * t_s + i * t_i, inside, other=0.0).to(tl.float32)
+        angle = tl.load(table + position * t_s + i * t_i, there, other=float("nan"))
+    else:
+        angle = tl.load(table + b * t_b + s * t_s + i * t_i, inside, other=0.0)
+    return angle.to(tl.float32)
 
 
 @triton.jit
