@@ -191,11 +191,12 @@ def attention(
     kv_heads, value_width = key.shape[1], y.shape[-1]
     group = heads // kv_heads
     expanded, factor = _expanded(mask, query), _factor_dtype(query, key)
+    plain = mask is None and slopes is None and key.dtype == query.dtype and window == softcap == 0
     launch(
         _attention,
-        blocks.attention(tokens * group, width, value_width, factor != tl.float32),
+        blocks.attention(tokens * group, width, value_width, factor != tl.float32, plain),
         lambda b: (triton.cdiv(tokens * group, b.sizes["BLOCK_M"]), batch * kv_heads),
-        (tokens, group, batch * kv_heads, width, value_width, query.dtype, key.dtype, blocks.power(length)),
+        (tokens, group, batch * kv_heads, width, value_width, query.dtype, key.dtype, plain, blocks.power(length)),
         *(query, key, value, expanded, slopes, sinks, rows, y, tokens, length, width, value_width, heads, scale),
         *(window, softcap, *query.stride(), *key.stride()[:3], *value.stride()[:3]),
         *(*strides(expanded, 4), *strides(rows, 2), *strides(sinks, 1)),

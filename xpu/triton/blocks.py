@@ -31,7 +31,7 @@ def power(n: int, least: int = 1) -> int:
 def rows(width: int) -> tuple[Blocks, ...]:
     """Norms: a program holds whole rows, so that a row is read once; short rows share one, or most threads would idle."""
     block = power(width)
-    warps = 4 if block <= 4096 else 8 if block <= 8192 else 16
+    warps = 4 if block <= 4096 else 8 if block <= 8192 else 16 if block <= 16384 else 32
     default = Blocks({"ROWS": max(1, 2048 // block), "BLOCK": block}, warps)
     one = Blocks({"ROWS": 1, "BLOCK": block}, max(1, min(16, block // 512)))
     return (default, one) if one != default else (default,)
@@ -67,12 +67,11 @@ def segments(segment: int) -> tuple[Blocks, ...]:
     return tuple(Blocks({"SEGMENTS": n // segment}) for n in (2048, 1024, 4096))
 
 
-def vector(outputs: int, per_dword: int, gated: bool) -> tuple[Blocks, ...]:
+def vector(outputs: int, gated: bool) -> tuple[Blocks, ...]:
     """One row times a weight: bound by reading it. 32 outputs = one tile's width (both halves of a gated pair); a step reads 64 dwords of
     each output, 8 KB, so that 4 warps have 16 loads in flight; few outputs take half a tile per program to fill the device."""
     narrow = 16 if outputs <= 4096 and not gated else 32
-    dwords = 64 if per_dword == 8 else 128
-    default = Blocks({"BLOCK_N": narrow, "DWORDS": dwords}, 4, 3)
+    default = Blocks({"BLOCK_N": narrow, "DWORDS": 64}, 4, 3)
     wide = [Blocks({"BLOCK_N": 32, "DWORDS": n}, w, 3) for n, w in ((64, 4), (128, 8), (32, 2))]
     return (default, *(b for b in wide if b != default))
 
@@ -91,19 +90,25 @@ def matmul(m: int, n: int, sixteen_bits: bool) -> tuple[Blocks, ...]:
     return tuple(Blocks({"BLOCK_M": bm, "BLOCK_N": bn}, w, s) for bm, bn, w, s in sizes)
 
 
-def attention(rows: int, width: int, value_width: int, sixteen_bits: bool) -> tuple[Blocks, ...]:
-    """Rows = query tokens x heads of a group. 16 rows for one token; many rows reuse each key and value tile; wide heads and float32 take
-    fewer, as query, keys, values and the sums of the output must fit into local memory and registers together."""
+def attention(rows: int, width: int, value_width: int, sixteen_bits: bool, plain: bool) -> tuple[Blocks, ...]:
+    """Rows = query tokens x heads of a group: 16 for one token, as matrix units take no less; many rows reuse each key and value tile.
+
+    Wide heads, float32 and options that keep more of each score in registers (not `plain`: masks, window, cap, slopes, int8) take fewer
+    rows and more warps: these are the largest sizes that spill no registers on compute capability 9.0 (compile_ahead.py lists them).
+    """
     d, dv = power(width, 16), power(value_width, 16)
-    widest = max(d, dv)
+    wide = max(d, dv) > 128
+    sizes: tuple[tuple[int, int, int], ...]
     if rows <= 16:
-        pairs = ((16, 64 if sixteen_bits and widest <= 128 else 32, 4, 2), (16, 32, 2, 2))
-    elif sixteen_bits and widest <= 128:
-        pairs = ((128, 64, 8 if widest > 64 else 4, 2), (64, 64, 4, 2), (64, 32, 4, 3), (128, 128, 8, 2))
+        sizes = ((16, 64, 4), (16, 32, 8)) if sixteen_bits and plain and not wide else ((16, 32, 8), (16, 16, 4))
+        if not sixteen_bits and not plain:
+            sizes = ((16, 16, 8),)
+    elif sixteen_bits and plain:
+        sizes = ((64, 32, 8), (32, 32, 4)) if wide else ((128, 64, 8 if d > 64 else 4), (64, 64, 4), (128, 128, 8))
     elif sixteen_bits:
-        pairs = ((64, 32, 8, 2), (64, 64, 8, 1), (32, 32, 4, 2))
+        sizes = ((32, 32, 8), (16, 32, 8)) if wide else ((64, 32, 8), (32, 32, 4), (128, 32, 8))
+    elif plain:
+        sizes = ((32, 32, 8), (32, 16, 8)) if wide else ((64, 32, 8), (32, 32, 4))
     else:
-        pairs = ((32, 32, 4, 1), (64, 32, 8, 1), (16, 32, 4, 1))
-    return tuple(
-        Blocks({"BLOCK_M": bm, "BLOCK_T": bt, "BLOCK_D": d, "BLOCK_DV": dv}, w, s) for bm, bt, w, s in pairs
-    )
+        sizes = ((16, 16, 8),)
+    return tuple(Blocks({"BLOCK_M": m, "BLOCK_T": t, "BLOCK_D": d, "BLOCK_DV": dv}, w, 2) for m, t, w in sizes)

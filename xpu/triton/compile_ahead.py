@@ -7,7 +7,6 @@ shared memory of each.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import subprocess
 import tempfile
@@ -26,8 +25,8 @@ from ..route import ROUTES, import_routes
 from .interpreter import INTERPRETED
 
 TARGET = GPUTarget("cuda", 90, 32)
-#: What one program may take of the shared memory of an H100, and of an Arc A-series GPU's local memory.
-SHARED, ARC_SHARED = 227 << 10, 64 << 10
+#: What one program may take of the shared memory of an H100.
+SHARED = 227 << 10
 
 
 @dataclass(frozen=True)
@@ -62,24 +61,6 @@ class _Driver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
-
-
-@contextlib.contextmanager
-def _compiling(found: list[Any]) -> Iterator[None]:
-    """Make every launch compile its kernel, append it to `found` and start nothing."""
-    jit, driver = triton.runtime.jit.JITFunction, triton.runtime.driver
-    run = jit.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        found.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-        return found[-1]
-
-    jit.run = compile_only
-    driver.set_active(_Driver())
-    try:
-        yield
-    finally:
-        jit.run, driver._active = run, None
 
 
 def _resources(kernel: Any) -> tuple[int, int]:
@@ -138,13 +119,19 @@ def _attention_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     for width in (64, 128, 256):
         yield call("causal", 512, width, bf16, bf16)
     yield call("one token", 1, 128, bf16, bf16)
-    yield call("one token, indirect", 1, 80, f16, int8, rows=torch.zeros(2, 1000, dtype=torch.int32))
+    yield call("one token, indirect, int8", 1, 80, f16, int8, rows=torch.zeros(2, 1000, dtype=torch.int32))
     yield call("window, softcap, sinks", 512, 128, bf16, int8, window=256, softcap=30.0, sinks=torch.zeros(32))
     yield call("bool mask", 512, 96, f16, f16, mask=torch.ones(2, 1000, dtype=torch.bool), causal=False)
     bias = torch.zeros(1, 1, 512, 1000, dtype=bf16)
     yield call("float mask, slopes", 512, 128, bf16, bf16, mask=bias, slopes=torch.zeros(32))
-    yield call("other cache", 512, 256, bf16, f16)
+    for width in (128, 256):
+        yield call("other cache", 512, width, bf16, f16)
     yield call("float32", 512, 128, f32, f32)
+    bias = torch.zeros(2, 1, 1, 1000)
+    everything = {"window": 256, "softcap": 30.0, "mask": bias, "slopes": torch.zeros(32), "sinks": torch.zeros(32)}
+    yield call("everything", 512, 256, bf16, int8, **everything)
+    yield call("everything, indirect", 1, 128, bf16, int8, rows=torch.zeros(2, 1000, dtype=torch.int32), **everything)
+    yield call("everything, float32", 512, 128, f32, f32, **everything)
 
 
 def _row_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -188,8 +175,43 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield from (("attention", *call) for call in _attention_calls())
 
 
-def compile_all(chosen: Callable[[str], bool] = lambda operator: True) -> list[Compiled]:
-    """Compile the kernels of all calls of the chosen operators.
+Call = tuple[str, str, tuple[Any, ...]]
+
+
+def _launches(call: Call, start: Callable[..., Any]) -> None:
+    """Run an operator's route with every launch replaced by `start`."""
+    operator, _, args = call
+    jit = triton.runtime.jit.JITFunction
+    run = jit.run
+    jit.run = start
+    try:
+        ROUTES[operator, "triton"].run(*(a.clone() if isinstance(a, Tensor) and a.dim() < 2 else a for a in args))
+    finally:
+        jit.run = run
+
+
+def covering() -> list[Call]:
+    """Return the calls each of which brings a kernel, a value of a compile-time option, or a kind of argument that no call before it has."""
+    import_routes()
+    seen: set[tuple[str, ...]] = set()
+    chosen = []
+    for call in calls():
+        found: set[tuple[str, ...]] = set()
+
+        def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            kinds = {str(i): a.dtype if isinstance(a, Tensor) else type(a) for i, a in enumerate(args)}
+            eight = {i: "int8" if kind == torch.int8 else kind in (torch.int64, type(None)) for i, kind in kinds.items()}
+            found.update((self.__name__, name, str(value)) for name, value in (eight | options).items())  # noqa: B023
+
+        _launches(call, note)
+        if found - seen:
+            seen |= found
+            chosen.append(call)
+    return chosen
+
+
+def compile_all(chosen: list[Call] | None = None) -> list[Compiled]:
+    """Compile the kernels of the chosen calls, or of all.
 
     Raises:
         RuntimeError: kernels of this process are interpreted, or one uses more shared memory than the target has.
@@ -197,19 +219,25 @@ def compile_all(chosen: Callable[[str], bool] = lambda operator: True) -> list[C
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set; kernels that are interpreted cannot be compiled")
     import_routes()
-    table = []
-    for operator, name, args in calls():
-        if chosen(operator):
-            found: list[Any] = []
-            with _compiling(found):
-                ROUTES[operator, "triton"].run(*(a.clone() if isinstance(a, Tensor) and a.dim() < 2 else a for a in args))
-            for kernel in found:
-                registers, stack = _resources(kernel)
-                data = kernel.metadata
-                row = Compiled(f"{operator}: {name}", data.name, data.num_warps, registers, stack, data.shared)
-                if row.shared > SHARED:
-                    raise RuntimeError(f"{row} uses more than {SHARED} bytes of shared memory")
-                table.append(row)
+    table, run, driver = [], triton.runtime.jit.JITFunction.run, triton.runtime.driver
+    for call in chosen or list(calls()):
+        found: list[Any] = []
+
+        def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            found.append(run(self, *args, grid=grid, warmup=True, **options))  # noqa: B023
+
+        driver.set_active(_Driver())
+        try:
+            _launches(call, compile_only)
+        finally:
+            driver._active = None
+        for kernel in found:
+            registers, stack = _resources(kernel)
+            data = kernel.metadata
+            row = Compiled(f"{call[0]}: {call[1]}", data.name, data.num_warps, registers, stack, data.shared)
+            if row.shared > SHARED:
+                raise RuntimeError(f"{row} uses more than {SHARED} bytes of shared memory")
+            table.append(row)
     return table
 
 

@@ -95,7 +95,6 @@ class Packed:
         self.segments = sizes.groups * sizes.padded_group // sizes.segment
         self.sizes = (in_features, sizes.group, sizes.padded_group)
         self.segment, self.rows = sizes.segment, rows
-        self.per_dword = 32 // row.bits
         self.constants: dict[str, Any] = {
             "BITS": row.bits,
             "CODING": "book" if row.book else "integer" if row.integer else layout.split("_")[1],

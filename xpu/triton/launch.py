@@ -51,8 +51,8 @@ def launch(
     def start(blocks: Blocks) -> None:
         programs = grid(blocks)
         if 0 not in programs:
-            options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-            kernel[programs](*args, **constants, **blocks.sizes, **options)
+            options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+            kernel[programs](*args, **{**options, **constants, **blocks.sizes})
 
     device = next(a.device for a in args if isinstance(a, Tensor))
     module = contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -213,7 +213,7 @@ def quant_linear(
     if m == 1:
         launch(
             _vector,
-            blocks.vector(weight_rows, packed.per_dword, gated),
+            blocks.vector(weight_rows, gated),
             lambda b: (triton.cdiv(weight_rows, b.sizes["BLOCK_N"]),),
             shape,
             *(flat, scales, *views, *sizes, flat.stride(1), strides(addend, 2)[1], *strides(bias, 1)),
