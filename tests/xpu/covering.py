@@ -11,7 +11,7 @@ from llmrt.ops import Layout, Operator
 from llmrt.ops.operator import Sample
 
 #: Arguments that decide how a kernel works: every pair of a kind of theirs and one of another argument is kept.
-DECIDING = {"quant_linear": ("compute", "rows"), "attention": ("rows of key",), "rope": ("interleaved",)}
+DECIDING = {"quant_linear": ("compute",), "attention": ("rows of key",), "rope": ("interleaved",)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,16 +53,19 @@ def every_sample(op: Operator) -> list[Sample]:
     return [sample for dtype in DTYPES for sample in op.sample_inputs(dtype)]
 
 
+def with_pairs(op: Operator, sample: Sample) -> set[Hashable]:
+    found = set(kinds(op, sample))
+    deciding = [kind for kind in found if kind[0] in DECIDING.get(op.name, ())]
+    return found | set(itertools.product(deciding, found))
+
+
 def covering(op: Operator) -> list[Sample]:
-    """Return samples of all dtypes, cheap ones first, each of which brings a kind or a deciding pair that none before it has."""
-    samples = every_sample(op)
-    seen: set[Hashable] = set()
+    """Return few samples, of all dtypes, that have every kind and deciding pair: the one with the most new ones first, and so on."""
+    left = [(sample, with_pairs(op, sample)) for sample in sorted(every_sample(op), key=cost)]
+    missing = set().union(*(found for _, found in left))
     chosen = []
-    for sample in sorted(samples, key=cost):
-        found = set(kinds(op, sample))
-        deciding = [kind for kind in found if kind[0] in DECIDING.get(op.name, ())]
-        found_or_paired = found | set(itertools.product(deciding, found))
-        if found_or_paired - seen:
-            seen |= found_or_paired
-            chosen.append(sample)
+    while missing:
+        sample, found = max(left, key=lambda pair: len(pair[1] & missing))
+        chosen.append(sample)
+        missing -= found
     return chosen

@@ -190,23 +190,32 @@ def _launches(call: Call, start: Callable[..., Any]) -> None:
         jit.run = run
 
 
+def _kinds(call: Call) -> set[tuple[str, ...]]:
+    """Return kernels with the values of their options, the sizes of heads and codes, and which arguments are None or int8."""
+    found: set[tuple[str, ...]] = set()
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        for name, value in options.items():
+            if name in ("BLOCK_D", "BITS") or isinstance(value, bool) or not isinstance(value, int):
+                found.add((self.__name__, name, str(value)))
+        for i, value in enumerate(args):
+            if value is None or isinstance(value, Tensor):
+                found.add((self.__name__, str(i), str(value is None or value.dtype == torch.int8)))
+
+    _launches(call, note)
+    return found
+
+
 def covering() -> list[Call]:
-    """Return the calls each of which brings a kernel, a value of a compile-time option, or a kind of argument that no call before it has."""
+    """Return few calls that have every kind of launch that all calls have: the one with the most new kinds first, and so on."""
     import_routes()
-    seen: set[tuple[str, ...]] = set()
+    left = [(call, _kinds(call)) for call in calls()]
+    missing = set().union(*(kinds for _, kinds in left))
     chosen = []
-    for call in calls():
-        found: set[tuple[str, ...]] = set()
-
-        def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-            kinds = {str(i): a.dtype if isinstance(a, Tensor) else type(a) for i, a in enumerate(args)}
-            eight = {i: "int8" if kind == torch.int8 else kind in (torch.int64, type(None)) for i, kind in kinds.items()}
-            found.update((self.__name__, name, str(value)) for name, value in (eight | options).items())  # noqa: B023
-
-        _launches(call, note)
-        if found - seen:
-            seen |= found
-            chosen.append(call)
+    while missing:
+        call, kinds = max(left, key=lambda pair: len(pair[1] & missing))
+        chosen.append(call)
+        missing -= kinds
     return chosen
 
 
