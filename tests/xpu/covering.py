@@ -28,7 +28,10 @@ def kinds(op: Operator, sample: Sample) -> Iterator[tuple[str, Hashable]]:
             yield name, value.numel() == 0  # a packed weight: its layout says what it is
         elif isinstance(value, torch.Tensor):
             yield name, (value.dtype, value.is_contiguous(), value.numel() == 0)
-            yield f"{name} sizes", tuple("1" if n == 1 else "2^n" if power_of_two(n) else "odd" for n in value.shape[-1:])
+            yield (
+                f"{name} sizes",
+                tuple("1" if n == 1 else "2^n" if power_of_two(n) else "odd" for n in value.shape[-1:]),
+            )
         elif name == "layout":
             form = Layout.parse(value)
             yield from (("format", (form.weight_dtype, form.asymmetric)), ("group", form.group_size))

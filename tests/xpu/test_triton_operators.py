@@ -55,7 +55,9 @@ def test_equals_reference_in_double(name: str, device: str, kernels: xpu.Install
 
 
 def test_every_operator_that_triton_shall_serve_has_a_kernel() -> None:
-    shall = {row.operator for row in xpu.TABLE if row.kind == "triton"} - {"pack_weight"}  # bytes are packed once, on the CPU
+    shall = {row.operator for row in xpu.TABLE if row.kind == "triton"} - {
+        "pack_weight"
+    }  # bytes are packed once, on the CPU
     assert set(SERVED) == shall
 
 

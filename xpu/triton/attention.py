@@ -115,7 +115,9 @@ def _attention(query, key, value, mask, slopes, sinks, rows, y, tokens, length, 
             weight = tl.exp(x - base[:, None])
             fade = tl.exp(highest - base)
             total = total * fade + tl.sum(weight, 1)
-            v = load_tile(value, v_row, t[:, None], dv[None, :], value_width, used[:, None], v_r, v_h, v_t, head, FACTOR)
+            v = load_tile(
+                value, v_row, t[:, None], dv[None, :], value_width, used[:, None], v_r, v_h, v_t, head, FACTOR
+            )
             if INT8:
                 v_scale = load_scale(value, v_row, t[:, None], value_width, used[:, None], v_r, v_h, v_t, head)
                 v = (v.to(tl.float32) * v_scale).to(FACTOR)
@@ -133,7 +135,9 @@ def _refuses(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: An
     return refuses_double(query, key, *(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
 
 
-def _check_options(query: Tensor, mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, length: int) -> None:
+def _check_options(
+    query: Tensor, mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, length: int
+) -> None:
     batch, tokens, heads, _ = query.shape
     if mask is not None:
         check_mask(mask, batch, heads, tokens, length)
@@ -180,9 +184,7 @@ def attention(
     beams: int = 1,
 ) -> Tensor:
     """See `llmrt.ops.attention`; on a device the entries of rows are not checked."""
-    check_attention(
-        query, key, value, length, causal, window, softcap, rows, beams, values=query.device.type == "cpu"
-    )
+    check_attention(query, key, value, length, causal, window, softcap, rows, beams, values=query.device.type == "cpu")
     _check_options(query, mask, slopes, sinks, length)
     y = ops.attention.empty(query, key, value, length, scale)
     if length == 0 or not y.numel():

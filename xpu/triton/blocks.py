@@ -81,6 +81,7 @@ def matmul(m: int, n: int, sixteen_bits: bool) -> tuple[Blocks, ...]:
     takes half of them, as its accumulators and operands are wider."""
     if m <= 16:
         return tuple(Blocks({"BLOCK_M": 16, "BLOCK_N": bn}, w, s) for bn, w, s in ((32, 2, 4), (64, 4, 3), (128, 4, 3)))
+    sizes: tuple[tuple[int, int, int, int], ...]
     if m <= 64 or n <= 1024:
         sizes = ((32, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 4))
     elif sixteen_bits:

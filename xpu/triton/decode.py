@@ -19,11 +19,7 @@ from ...ops.formats import TILE_K, TILE_N, Layout
 @triton.jit
 def code_at(dwords, i, BITS: tl.constexpr):
     """The codes of input i of each dword, as int32."""
-    if BITS == 4:
-        code = (dwords >> (8 * (i % 4) + 4 * (i // 4))) & 15
-    else:
-        code = (dwords >> (8 * i)) & 255
-    return code
+    return (dwords >> (8 * (i % 4) + 4 * (i // 4))) & 15 if BITS == 4 else (dwords >> (8 * i)) & 255
 
 
 @triton.jit

@@ -16,17 +16,17 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def _widen(bits: Any) -> Any:
-    import numpy
+    from triton.runtime.interpreter import np
 
-    return (numpy.asarray(bits).astype(numpy.uint32) << 16).view(numpy.float32)
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
 def _narrow(values: Any) -> Any:
-    import numpy
+    from triton.runtime.interpreter import np
 
-    bits = numpy.ascontiguousarray(values).view(numpy.uint32).reshape(numpy.shape(values))
+    bits = np.ascontiguousarray(values).view(np.uint32).reshape(np.shape(values))
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return numpy.where(numpy.isnan(values), 0x7FC0, rounded).astype(numpy.uint16)
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
 def repair() -> None:

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import ops
 from ...ops.kv_append import check_append
 from ...ops.kv_rows import row_width
 from ..route import route

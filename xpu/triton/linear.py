@@ -86,10 +86,7 @@ def _matmul(x, row_scales, row_sums, codes, scales, zeros, book, bias, other, y,
         p = segment * SEGMENT + tl.arange(0, SEGMENT)[None, :]
         if INTEGER:
             a = tl.load(x + m * (segments * SEGMENT) + p, m < rows, other=0)
-            if CODING == "book":
-                w = tl.load(book + code).to(tl.int8)
-            else:
-                w = (code - CENTER).to(tl.int8)
+            w = tl.load(book + code).to(tl.int8) if CODING == "book" else (code - CENTER).to(tl.int8)
             part = tl.dot(a, w, out_dtype=tl.int32)
             if zeros is not None:
                 zero = tl.load(zeros + this * TILE_BYTES + ZEROS_AT + slot, inside, other=0).to(tl.int32)
