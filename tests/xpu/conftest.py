@@ -9,8 +9,6 @@ import torch
 
 from llmrt import xpu
 
-pytest.importorskip("triton", reason="the kernels are written in it")
-
 sys.path.insert(0, str(Path(__file__).parent))  # `from covering import ...` in the tests of this folder
 
 

@@ -39,7 +39,7 @@ def load_scale(cache, row, t, width, inside, c_r, c_h, c_t, head):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])  # it grows with every token
 def _attention(query, key, value, mask, slopes, sinks, rows, y, tokens, length, width, value_width, heads, scale, window,
                softcap, q_b, q_s, q_h, q_d, k_r, k_h, k_t, v_r, v_h, v_t, m_b, m_h, m_s, m_t, r_b, r_t, sink_h,
                GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOOLEAN: tl.constexpr,

@@ -78,7 +78,7 @@ def append(cache, new, positions, counter, position, rows, heads, tokens, width,
         tl.store(cache + target + k, x.to(cache.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["position"])  # it grows with every token
 def _kv_append(key_cache, value_cache, key, value, positions, counter, position, rows, heads, tokens, width, value_width,
                capacity, every, kc_r, kc_h, kc_t, vc_r, vc_h, vc_t, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d, p_s,
                SEEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip

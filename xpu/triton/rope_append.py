@@ -18,7 +18,7 @@ from .rope import angles, check_positions, parts, position_strides, rotate, spli
 # mypy: disable-error-code="no-untyped-def"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["position"])  # it grows with every token
 def _rope_append(query, key, value, cos, sin, position_ids, query_weight, key_weight, rotated, key_cache, value_cache,
                  positions, counter, position, every, batch, tokens, heads, kv_heads, width, value_width, length, capacity,
                  q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d, qw_d, kw_d, c_b, c_s, c_i, d_b, d_s, d_i,
