@@ -62,7 +62,8 @@ def route(kind: str, operator: str, refuses: Callable[..., str | None] = _serves
 
 
 def import_routes() -> None:
-    """Import every module of xpu/sycl and xpu/triton, which register their routes; a kind whose package is missing is noted."""
+    """Import xpu/composed.py and every module of xpu/sycl and xpu/triton: they register routes. A missing package is noted."""
+    importlib.import_module(".composed", __package__)
     for kind in ("sycl", "triton"):
         if kind == "triton" and importlib.util.find_spec("triton") is None:
             UNAVAILABLE[kind] = "the package triton is not installed"

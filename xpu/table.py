@@ -54,7 +54,10 @@ TABLE = (
         )
         for kind in ("sycl", "triton")
     ),
-    *(Row(operator, "torch") for operator in ("dense_linear", "parallel_linear", "gated_linear")),
+    *(
+        Row(operator, "torch")
+        for operator in ("dense_linear", "parallel_linear", "gated_linear", "unpack_weight", "quantize_weight")
+    ),
 )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from llmrt import xpu
 
-sys.path.insert(0, str(Path(__file__).parent))  # `from covering import ...` in the tests of this folder
+sys.path.insert(0, str(Path(__file__).parent))  # `from sample_checks import ...` in the tests of this folder
 
 
 @pytest.fixture(scope="session")
