@@ -46,11 +46,12 @@ TABLE = (
     Row("attention", "sycl", "one query token", _one_token),
     Row("attention", "triton"),
     Row("attention", "sycl"),
+    Row("pack_weight", "sycl"),
     *(
         Row(operator, kind)
         for operator in (
             *("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"),
-            *("rope", "rope_append", "kv_append", "silu_mul", "gelu_mul", "pack_weight", "argmax"),
+            *("rope", "rope_append", "kv_append", "silu_mul", "gelu_mul", "argmax"),
         )
         for kind in ("sycl", "triton")
     ),
@@ -80,8 +81,11 @@ def candidates(operator: str, kinds: tuple[str, ...], forced: str | None) -> Ite
     Args:
         operator: name in `llmrt.ops`.
         kinds: what the device can run.
-        forced: only this kind, for every shape; None: as the table says.
+        forced: only this kind, for every shape (operators that have torch's routes alone keep them); None: as the table says.
     """
+    own = {row.kind for row in TABLE if row.operator == operator} - {"torch"}
+    if forced in ("sycl", "triton") and not own:
+        forced = None  # there are no such kernels of it: torch's own operators are what it has
     seen = set()
     for row in TABLE:
         found = ROUTES.get((operator, row.kind))
