@@ -51,6 +51,28 @@ def check_attention(
     beams: int,
 ) -> None:
     """Raise RuntimeError unless these arguments of attention fit together."""
+    check_attention_sizes(query, key, value, length, causal, window, softcap, rows, beams)
+    used = None if rows is None else rows[:, :length]
+    if used is not None and used.numel():
+        low, high, cache_rows = int(used.min()), int(used.max()), key.shape[0]
+        check(
+            low >= 0 and high < cache_rows,
+            f"rows has the entry {low if low < 0 else high}; expected 0 to {cache_rows - 1}",
+        )
+
+
+def check_attention_sizes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    length: int,
+    causal: bool,
+    window: int,
+    softcap: float,
+    rows: Tensor | None,
+    beams: int,
+) -> None:
+    """Raise RuntimeError where `check_attention` does, but for the values of rows, for which a device would have to be awaited."""
     check_floating(query, "query")
     check_stored(key, query.dtype, "key")
     check_dtype(value, key.dtype, "value")
@@ -82,13 +104,24 @@ def check_attention(
         rows.dim() == 2 and rows.shape[0] == batch and rows.shape[1] >= length,
         f"rows has shape {list(rows.shape)}; expected [{batch}, >= {length}]",
     )
-    used = rows[:, :length]
-    if used.numel():
-        low, high = int(used.min()), int(used.max())
+
+
+def check_score_terms(
+    query: Tensor, length: int, mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None
+) -> None:
+    """Raise RuntimeError unless what attention adds to its scores fits."""
+    batch, tokens, heads, _ = query.shape
+    if slopes is not None:
+        check_shape(slopes, (heads,), "slopes")
         check(
-            low >= 0 and high < cache_rows,
-            f"rows has the entry {low if low < 0 else high}; expected 0 to {cache_rows - 1}",
+            slopes.dtype in (torch.float32, torch.float64),
+            f"slopes has dtype {str(slopes.dtype)[6:]}; expected float32",
         )
+    if mask is not None:
+        check_mask(mask, batch, heads, tokens, length)
+    if sinks is not None:
+        check_shape(sinks, (heads,), "sinks")
+        check_floating(sinks, "sinks")
 
 
 def logical_rows(x: Tensor, batch: int, length: int, rows: Tensor | None) -> Tensor:
@@ -162,6 +195,7 @@ def attention(
     kv_heads, device = key.shape[1], query.device
     if length == 0:
         return query.new_zeros(batch, tokens, heads, row_width(value))
+    check_score_terms(query, length, mask, slopes, sinks)
     q = wide(query).transpose(1, 2).unflatten(1, (kv_heads, -1))
     k, v = (logical_rows(x, batch, length, rows).to(q.dtype) for x in (key, value))
     scores = (q @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale
@@ -170,11 +204,6 @@ def attention(
     token = torch.arange(length, device=device)
     position = torch.arange(length - tokens, length, device=device).unsqueeze(1)
     if slopes is not None:
-        check_shape(slopes, (heads,), "slopes")
-        check(
-            slopes.dtype in (torch.float32, torch.float64),
-            f"slopes has dtype {str(slopes.dtype)[6:]}; expected float32",
-        )
         scores = scores + slopes[:, None, None] * (token - position)
     visible = torch.ones(1, 1, tokens, length, dtype=torch.bool, device=device)
     if causal:
@@ -182,7 +211,6 @@ def attention(
     if window > 0:
         visible = visible & (token > position - window)
     if mask is not None:
-        check_mask(mask, batch, heads, tokens, length)
         seen = mask[:, None, None, :length] if mask.dim() == 2 else mask[..., :length]
         if mask.dtype != torch.bool:
             scores = scores + wide(seen)
@@ -191,8 +219,6 @@ def attention(
     scores = scores.masked_fill(~visible, -math.inf)
     highest = scores.amax(-1, keepdim=True)
     if sinks is not None:
-        check_shape(sinks, (heads,), "sinks")
-        check_floating(sinks, "sinks")
         highest = torch.maximum(highest, wide(sinks)[:, None, None].to(highest.dtype))
     highest = highest.masked_fill(highest == -math.inf, 0)
     weights = torch.exp(scores - highest)

@@ -25,6 +25,36 @@ def check_append(
     counter: Tensor | None,
 ) -> int:
     """Raise RuntimeError unless the arguments of kv_append fit together; return the place of the first token."""
+    check_append_sizes(key_cache, value_cache, key, value, position, every, positions, counter)
+    capacity = key_cache.shape[2]
+    if counter is not None:
+        position = int(counter)
+    if positions is None:
+        _check_place(position, key, capacity, "position" if counter is None else "counter")
+    elif positions.numel():
+        for entry in (int(positions.min()), int(positions.max())):
+            check(0 <= entry < capacity, f"positions has value {entry}; valid: 0 to {capacity - 1}")
+    return position
+
+
+def _check_place(position: int, key: Tensor, capacity: int, name: str) -> None:
+    check(
+        position >= 0 and position + key.shape[1] <= capacity,
+        f"{name} {position} and {key.shape[1]} tokens do not fit into the cache's capacity of {capacity} tokens",
+    )
+
+
+def check_append_sizes(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: int,
+    every: int,
+    positions: Tensor | None,
+    counter: Tensor | None,
+) -> None:
+    """Raise RuntimeError where `check_append` does, but for the values of tensors, for which a device would have to be awaited."""
     check_floating(key, "key")
     check_stored(key_cache, key.dtype, "key_cache")
     check_dtype(value_cache, key_cache.dtype, "value_cache")
@@ -46,19 +76,11 @@ def check_append(
     if counter is not None:
         check(positions is None, "positions and counter are given; valid: one of them")
         check_counter(counter)
-        position = int(counter)
-    if positions is None:
-        check(
-            position >= 0 and position + key.shape[1] <= capacity,
-            f"{name} {position} and {key.shape[1]} tokens do not fit into the cache's capacity of {capacity} tokens",
-        )
-        return position
-    check_dtype(positions, torch.int64, "positions")
-    check_shape(positions, (key.shape[1],), "positions")
-    if positions.numel():
-        for entry in (int(positions.min()), int(positions.max())):
-            check(0 <= entry < capacity, f"positions has value {entry}; valid: 0 to {capacity - 1}")
-    return position
+    elif positions is None:
+        _check_place(position, key, capacity, name)
+    if positions is not None:
+        check_dtype(positions, torch.int64, "positions")
+        check_shape(positions, (key.shape[1],), "positions")
 
 
 def check_counter(counter: Tensor) -> None:

@@ -70,6 +70,8 @@ class Operator(Generic[P, R]):
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"llmrt::{self.name}", reference, lib=_library)
+        #: Checks the arguments and returns outputs of the right shapes, not computed: what a kernel in Python starts with.
+        self.empty: Callable[P, R] = reference
         self.overload = getattr(torch.ops.llmrt, self.name).default
         OPERATORS[self.name] = self
 
@@ -80,6 +82,7 @@ class Operator(Generic[P, R]):
     def fake(self, function: Callable[P, R]) -> Callable[P, R]:
         """Replace the fake kernel (by default the reference) where shapes are cheaper to say than to compute."""
         torch.library.register_fake(f"llmrt::{self.name}", function, lib=_library, allow_override=True)
+        self.empty = function
         return function
 
     def samples(self, function: Callable[[torch.dtype], Iterator[Sample]]) -> Callable[[torch.dtype], Iterator[Sample]]:

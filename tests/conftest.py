@@ -7,6 +7,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    #: Triton's kernels run on the CPU, in Python. Triton looks when it is imported, which torch does where it likes.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

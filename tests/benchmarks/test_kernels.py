@@ -54,6 +54,26 @@ def test_operator_benchmarks(program, options, rows, load, monkeypatch, tmp_path
         assert row["us"] > 0 and row["percent"] == pytest.approx(100 * 1e9 * rate)
 
 
+def test_triton_benchmark(load, monkeypatch, tmp_path, capsys):
+    """On the CPU, with another clock: interpreted kernels are compared with their rivals, but their times would mean nothing."""
+    pytest.importorskip("triton")
+    program = load("ops/bench_triton.py")
+    monkeypatch.setattr(program, "gpu", lambda: ("cpu", "none"))
+    monkeypatch.setattr(program, "seconds", lambda call: 1e-3)
+    options = ["--rows=1,3", "--sizes=64x32", "--tokens=1,8", "--cached=8", "--layout=int4_sym_g32_bf16"]
+    program.main([*options, f"--json={tmp_path / 'out.json'}"])
+    seen = json.loads((tmp_path / "out.json").read_text())
+    assert [row["op"] for row in seen["rows"]] == ["quant_linear"] * 4 + ["attention"] * 6
+    assert seen["bytes_per_second"] == 2e3 * (1 << 30) and all(row["speedup"] == 1 for row in seen["rows"])
+    assert "a copy moves 2147 GB/s" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.xpu.is_available(), reason="there is a GPU")
+def test_triton_benchmark_needs_a_gpu(load):
+    with pytest.raises(SystemExit, match="needs a CUDA or XPU GPU"):
+        load("ops/bench_triton.py").main([])
+
+
 def test_all_operators_of_a_shape(load, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     program = load("operators.py")

@@ -1,0 +1,1 @@
+"""Triton kernels, the same for Intel and NVIDIA GPUs, and for Triton's interpreter on CPU tensors."""

@@ -1,0 +1,115 @@
+"""The table of block sizes: for each kernel and class of shapes the default, the candidates of autotuning behind it, and the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+#: Elements of a row that one program holds in registers: 1024 threads with 32 each.
+LONGEST_ROW = 32768
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block sizes of one launch.
+
+    Args:
+        sizes: the kernel's compile-time arguments that are block sizes, powers of two.
+        warps: groups of 32 threads of one program.
+        stages: depth of the pipeline of loads in its loop.
+    """
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 2
+
+
+def power(n: int, least: int = 1) -> int:
+    """Return the smallest power of two that is neither below n nor below `least`."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def rows(width: int) -> tuple[Blocks, ...]:
+    """Norms: a program holds whole rows, so that a row is read once; short rows share one, or most threads would idle."""
+    block = power(width)
+    warps = 4 if block <= 4096 else 8 if block <= 8192 else 16 if block <= 16384 else 32
+    default = Blocks({"ROWS": max(1, 2048 // block), "BLOCK": block}, warps)
+    one = Blocks({"ROWS": 1, "BLOCK": block}, max(1, min(16, block // 512)))
+    return (default, one) if one != default else (default,)
+
+
+def elements(width: int) -> tuple[Blocks, ...]:
+    """Elementwise: 16 elements per thread keep enough loads in flight; short rows share a program."""
+    block = power(width) if width <= 2048 else 2048
+    return (
+        Blocks({"ROWS": 2048 // block, "BLOCK": block}),
+        Blocks({"ROWS": 1024 // block or 1, "BLOCK": min(block, 1024)}),
+    )
+
+
+def heads(width: int) -> tuple[Blocks, ...]:
+    """Heads of one or more tokens: 2048 elements per program, at least one head."""
+    block = power(width)
+    return tuple(Blocks({"ROWS": max(1, n // block), "BLOCK": block}) for n in (2048, 512, 4096))
+
+
+def argmax(width: int) -> tuple[Blocks, ...]:
+    """A long row (a vocabulary) is split among programs: one alone could not draw the memory's rate."""
+    return (Blocks({"BLOCK": min(power(width), 4096)}),)
+
+
+def chunks(count: int) -> tuple[Blocks, ...]:
+    """The second step of argmax: one program per row."""
+    return (Blocks({"BLOCK": power(count)}),)
+
+
+def segments(segment: int) -> tuple[Blocks, ...]:
+    """Rounding of activations to int8: 2048 elements of one row."""
+    return tuple(Blocks({"SEGMENTS": n // segment}) for n in (2048, 1024, 4096))
+
+
+def vector(outputs: int, gated: bool) -> tuple[Blocks, ...]:
+    """One row times a weight: bound by reading it. 32 outputs = one tile's width (both halves of a gated pair); a step reads 64 dwords of
+    each output, 8 KB, so that 4 warps have 16 loads in flight; few outputs take half a tile per program to fill the device."""
+    narrow = 16 if outputs <= 4096 and not gated else 32
+    default = Blocks({"BLOCK_N": narrow, "DWORDS": 64}, 4, 3)
+    wide = [Blocks({"BLOCK_N": 32, "DWORDS": n}, w, 3) for n, w in ((64, 4), (128, 8), (32, 2))]
+    return (default, *(b for b in wide if b != default))
+
+
+def matmul(m: int, n: int, sixteen_bits: bool) -> tuple[Blocks, ...]:
+    """Rows times a weight: 16 rows are the least that matrix units take; many rows share each dequantized tile, float32 (no matrix units)
+    takes half of them, as its accumulators and operands are wider."""
+    if m <= 16:
+        return tuple(Blocks({"BLOCK_M": 16, "BLOCK_N": bn}, w, s) for bn, w, s in ((32, 2, 4), (64, 4, 3), (128, 4, 3)))
+    sizes: tuple[tuple[int, int, int, int], ...]
+    if m <= 64 or n <= 1024:
+        sizes = ((32, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 4))
+    elif sixteen_bits:
+        sizes = ((128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4))
+    else:
+        sizes = ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 3))
+    return tuple(Blocks({"BLOCK_M": bm, "BLOCK_N": bn}, w, s) for bm, bn, w, s in sizes)
+
+
+def attention(rows: int, width: int, value_width: int, sixteen_bits: bool, plain: bool) -> tuple[Blocks, ...]:
+    """Rows = query tokens x heads of a group: 16 for one token, as matrix units take no less; many rows reuse each key and value tile.
+
+    Wide heads, float32 and options that keep more of each score in registers (not `plain`: masks, window, cap, slopes, int8) take fewer
+    rows and more warps: these are the largest sizes that spill no registers on compute capability 9.0 (compile_ahead.py lists them).
+    """
+    d, dv = power(width, 16), power(value_width, 16)
+    wide = max(d, dv) > 128
+    sizes: tuple[tuple[int, int, int], ...]
+    if rows <= 16:
+        sizes = ((16, 64, 4), (16, 32, 8)) if sixteen_bits and plain and not wide else ((16, 32, 8), (16, 16, 4))
+        if not sixteen_bits and not plain:
+            sizes = ((16, 16, 8),)
+    elif sixteen_bits and plain:
+        sizes = ((64, 32, 8), (32, 32, 4)) if wide else ((128, 64, 8 if d > 64 else 4), (64, 64, 4), (128, 128, 8))
+    elif sixteen_bits:
+        sizes = ((32, 32, 8), (16, 32, 8)) if wide else ((64, 32, 8), (32, 32, 4), (128, 32, 8))
+    elif plain:
+        sizes = ((32, 32, 8), (32, 16, 8)) if wide else ((64, 32, 8), (32, 32, 4))
+    else:
+        sizes = ((16, 16, 8),)
+    return tuple(Blocks({"BLOCK_M": m, "BLOCK_T": t, "BLOCK_D": d, "BLOCK_DV": dv}, w, 2) for m, t, w in sizes)
