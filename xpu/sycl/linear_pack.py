@@ -9,7 +9,7 @@ from ...ops.formats import Layout, check_finite
 from ..route import route
 from .bundle import Bundle, launch
 
-_BUNDLE = Bundle(("linear_pack",), ())
+BUNDLE = Bundle(("linear_pack",), ())
 
 
 @route("sycl", "pack_weight")
@@ -20,7 +20,7 @@ def pack_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, layout: str
     check_finite(codes, scales, form)
     sizes, (blocks, tiles, tile_bytes) = form.geometry(in_features), out.shape
     launch(
-        codes.device, _BUNDLE, "pack_weight", (1, blocks, tiles), (1, 1, 256),
+        codes.device, BUNDLE, "pack_weight", (1, blocks, tiles), (1, 1, 256),
         codes.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous(), out,
         codes.shape[0], in_features, codes.shape[1], sizes.groups, sizes.group, sizes.padded_group, sizes.segment,
         form.format.bits, scales.itemsize, tiles, tile_bytes,

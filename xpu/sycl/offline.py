@@ -108,7 +108,7 @@ def ze_info(binary: bytes) -> str:
     if binary[:5] == b"\x7fELF\x02":
         (start,), (size, count, names_at) = struct.unpack_from("<Q", binary, 40), struct.unpack_from("<3H", binary, 58)
         headers = [struct.unpack_from("<IIQQQQ", binary, start + i * size) for i in range(count)]
-        names = headers[names_at][4]
+        names = headers[names_at][4] if names_at < count else len(binary)
         for name, _, _, _, offset, length in headers:
             if binary[names + name :].startswith(b".ze_info\0"):
                 return binary[offset : offset + length].decode()
