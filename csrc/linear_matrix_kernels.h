@@ -96,7 +96,7 @@ inline void segment_dots(const uint8_t* w, const uint8_t* a, int64_t R, int64_t 
 }
 
 // C += scale * (a_scale * (dots - zero * sum)), as start_segment and add_segment (for pairs start_floats and
-// add_floats) have it; int8 products come out with the same bits.
+// FloatSums) have it; int8 products come out with the same bits.
 template <bool pairs>
 inline void add_dots(const TileArgs& t, int64_t s, const int32_t* dots) {
   for (int64_t n = 0; n < kTileN; n += F32::lanes) {

@@ -161,20 +161,33 @@ inline __attribute__((always_inline)) void start_floats(const TileArgs& t, int64
   }
 }
 
-template <int R>
-inline __attribute__((always_inline)) void add_floats(const TileArgs& t, int64_t s, int64_t h, const F32* c0,
-                                                      const F32* c1, int stride) {
-  constexpr int64_t L = F32::lanes;
-  const int64_t n = s * kTileN + h * kHalfN;
-  const F32 unit = F32::set1(t.unit);
-  const F32 s0 = load_scale(t.scales, t.scale_dtype, n) * unit, s1 = load_scale(t.scales, t.scale_dtype, n + L) * unit;
-  float* C = t.C + h * kHalfN;
-  keep_in_memory();
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++, C += kTileN) {
-    store(C, fma(c0[r * stride], s0, load(C)));
-    store(C + L, fma(c1[r * stride], s1, load(C + L)));
+// Adds the sums of one segment of float products to C, as `SegmentSums` does: C += scale * sums.
+struct FloatSums {
+  F32 s0, s1;
+  float* C;
+
+  FloatSums(const TileArgs& t, int64_t s, int64_t h) {
+    const int64_t n = s * kTileN + h * kHalfN;
+    const F32 unit = F32::set1(t.unit);
+    s0 = load_scale(t.scales, t.scale_dtype, n) * unit;
+    s1 = load_scale(t.scales, t.scale_dtype, n + F32::lanes) * unit;
+    C = t.C + h * kHalfN;
+    keep_in_memory();
   }
+  void add(int r, F32 c0, F32 c1) const {
+    float* y = C + r * kTileN;
+    store(y, fma(c0, s0, load(y)));
+    store(y + F32::lanes, fma(c1, s1, load(y + F32::lanes)));
+  }
+};
+
+// c += w * b, of pairs of bf16 or of floats.
+template <bool pairs>
+inline void multiply_floats(F32& c, I32 w, I32 b) {
+  if constexpr (pairs)
+    dot_bf16(c, w, b);
+  else
+    c = fma(as_float(w), as_float(b), c);
 }
 
 // A panel of bf16 pairs or floats.
@@ -186,19 +199,25 @@ __attribute__((noinline)) void tile_floats(const TileArgs& arguments) {
       F32 c0[R], c1[R];
       start_floats<R>(t, s, h, c0, c1, 1);
       const uint8_t *w = t.codes + s * t.steps * 128 + h * 64, *a = t.a + s * t.steps * 4 * R;
-      for (int64_t k = 0; k < t.steps; k++, w += 128, a += 4 * R) {
+      for (int64_t k = 2; k < t.steps; k++, w += 128, a += 4 * R) {
         const I32 w0 = load_words(w), w1 = load_words(w + kVectorBytes);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
           const I32 b = broadcast(a + 4 * r);
-          if (pairs) {
-            dot_bf16(c0[r], w0, b), dot_bf16(c1[r], w1, b);
-          } else {
-            c0[r] = fma(as_float(w0), as_float(b), c0[r]), c1[r] = fma(as_float(w1), as_float(b), c1[r]);
-          }
+          multiply_floats<pairs>(c0[r], w0, b), multiply_floats<pairs>(c1[r], w1, b);
         }
       }
-      add_floats<R>(t, s, h, c0, c1, 1);
+      const FloatSums sums(t, s, h);
+      const I32 w0 = load_words(w), w1 = load_words(w + kVectorBytes);
+      const I32 w2 = load_words(w + 128), w3 = load_words(w + 128 + kVectorBytes);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        I32 b = broadcast(a + 4 * r);
+        multiply_floats<pairs>(c0[r], w0, b), multiply_floats<pairs>(c1[r], w1, b);
+        b = broadcast(a + 4 * (R + r));
+        multiply_floats<pairs>(c0[r], w2, b), multiply_floats<pairs>(c1[r], w3, b);
+        sums.add(r, c0[r], c1[r]);
+      }
     }
 }
 
@@ -263,7 +282,9 @@ __attribute__((noinline)) void tile_codes(const TileArgs& arguments) {
           c0[r * kChains] = c0[r * kChains] + c0[r * kChains + i];
           c1[r * kChains] = c1[r * kChains] + c1[r * kChains + i];
         }
-      add_floats<R>(t, s, h, c0, c1, kChains);
+      const FloatSums sums(t, s, h);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) sums.add(r, c0[r * kChains], c1[r * kChains]);
     }
 }
 
