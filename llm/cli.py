@@ -13,10 +13,12 @@ from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.perplexity import perplexity
 from .commands.quantize import quantize
+from .commands.xpu import app as xpu
 
 app = typer.Typer(name="llmrt", no_args_is_help=True, pretty_exceptions_show_locals=False)
 for command in (generate, chat, perplexity, quantize, convert, bench, doctor):
     app.command()(command)
+app.add_typer(xpu)
 
 
 def _print_version(wanted: bool) -> None:

@@ -33,6 +33,7 @@ KINDS = {
 }
 _KERNEL = re.compile(r"^KERNEL\(\w+\)\s*\w+ (\w+)\(", re.MULTILINE)
 _lock = threading.Lock()
+_building: dict[tuple[int, Bundle], threading.Lock] = {}
 _bundles: dict[tuple[int, Bundle], int] = {}
 _kernels: dict[tuple[int, Bundle, str], int] = {}
 
@@ -115,15 +116,23 @@ def build(queue: int, bundle: Bundle) -> int:
     return int(handle)
 
 
-def kernel(device: torch.device, queue: int, bundle: Bundle, name: str) -> int:
+def prepare(device: torch.device, bundle: Bundle) -> int:
+    """Return the handle of a bundle for a device, compiling it if this process has not used it yet."""
+    place = -1 if device.index is None else device.index
+    with _lock:
+        own = _building.setdefault((place, bundle), threading.Lock())
+    with own:  # others may be compiled meanwhile
+        if (place, bundle) not in _bundles:
+            _bundles[place, bundle] = build(queue_of(device), bundle)
+    return _bundles[place, bundle]
+
+
+def kernel(device: torch.device, bundle: Bundle, name: str) -> int:
     """Return the handle of a kernel, compiling its bundle if this process has not used it yet."""
     place = -1 if device.index is None else device.index
     found = _kernels.get((place, bundle, name))
     if found is None:
-        with _lock:
-            if (place, bundle) not in _bundles:
-                _bundles[place, bundle] = build(queue, bundle)
-        found = launcher().llmrt_kernel(_bundles[place, bundle], name.encode())
+        found = launcher().llmrt_kernel(prepare(device, bundle), name.encode())
         if not found:
             raise _failed(f"finding the kernel {name} in the bundle {bundle}")
         _kernels[place, bundle, name] = found
@@ -161,7 +170,7 @@ def launch(
     if not all(groups):
         return
     queue = queue_of(device)
-    handle = kernel(device, queue, bundle, name)
+    handle = kernel(device, bundle, name)
     form, letters = _form(tuple(map(type, args)))
     values = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in args]
     span = (ctypes.c_size_t * 6)(*(g * s for g, s in zip(groups, local, strict=True)), *local)
