@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from .. import devices
 from .algorithms import calibrate
 from .cache import choose_kv_dtype, stored_dtype
 from .convert import Converter
@@ -59,7 +60,9 @@ def optimize(
             True changes the given model and frees every float weight as soon as it is quantized: the peak is the model plus one
             weight (plus the quantized weights and one layer if the method calibrates or smooths, which changes nothing before it is done).
             Should memory run out in the middle of that, the model is marked unusable and an error says so.
-        device: "cpu" or "xpu".
+        device: what the result runs on: "cpu", "xpu" (Intel GPUs) or "cuda" (a guest: Triton kernels), also "xpu:1". The model is given on
+            the CPU and quantized there; the packed weights have the same bytes everywhere. Off the CPU the modules run, no captured
+            graphs, and the given model stays on the CPU unless inplace is True.
         quantization_config: a `WeightOnlyQuantConfig`, a `StaticQuantConfig`, or None for floating point. Weights that stay
             floating point move to pages of 2 MB where the system has them (0.3 to 2 s per GB, unless `dtype` copies them anyway).
         qconfig_summary_file: for a `StaticQuantConfig`: what `save_qconf_summary` wrote. Without it the result is the model as it is,
@@ -86,10 +89,9 @@ def optimize(
         OptimizationError: see strict.
         RuntimeError: the device is absent.
     """
-    _check_arguments(
-        model, optimizer, dtype, device, quantization_config, qconfig_summary_file, low_precision_checkpoint
-    )
-    settings = dtype, inplace, deployment_mode, strict, kv_dtype, qconfig_summary_file
+    _check_arguments(model, optimizer, dtype, quantization_config, qconfig_summary_file, low_precision_checkpoint)
+    target_device = devices.check(device)
+    settings = dtype, inplace, target_device, deployment_mode, strict, kv_dtype, qconfig_summary_file
     if low_precision_checkpoint is None:
         return _optimized(model, quantization_config, *settings)
     from .checkpoints.state_dict import TakeOver  # its package imports this module
@@ -109,6 +111,7 @@ def _optimized(
     quantization_config: WeightOnlyQuantConfig | StaticQuantConfig | None,
     dtype: torch.dtype | None,
     inplace: bool,
+    device: torch.device,
     deployment_mode: bool,
     strict: bool,
     kv_dtype: str | torch.dtype | None,
@@ -138,6 +141,8 @@ def _optimized(
             f"kv_dtype is {kv_dtype!r}, but {type(model).__name__} does not use llmrt's cache: leave it out"
         )
     reason = undeployable(model) if deployment_mode else None
+    if device.type != "cpu" and deployment_mode:
+        reason = f"graphs are captured on the CPU only, not on {device}"
     if reason is not None:
         plan.report.add("", "forward", reason=reason, expected=False)
     if strict:
@@ -158,10 +163,24 @@ def _optimized(
         Converter(*options, calibrated).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
+    _move(result, device)
     choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
         _mark_quantized(result, quantization_config if static is None else static[2], biased)
     return result
+
+
+def _move(model: Any, device: torch.device) -> None:
+    """Move a model and register the device's kernels; parameters are replaced, as others may share them."""
+    if device.type == "cpu":
+        return
+    devices.load(device)
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.to(device)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
 def _is_stored(model: Any) -> bool:
@@ -186,7 +205,6 @@ def _check_arguments(
     model: Any,
     optimizer: Any,
     dtype: Any,
-    device: Any,
     quantization_config: Any,
     qconfig_summary_file: Any,
     low_precision_checkpoint: Any,
@@ -204,7 +222,6 @@ def _check_arguments(
         raise ValueError(f"{type(model).__name__} has no language-model head; load it as a CausalLM class")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype}; valid: torch.float32, torch.bfloat16, torch.float16")
-    _check_device(device)
     _check_tensors(model, dtype, low_precision_checkpoint is not None)
     static = isinstance(quantization_config, StaticQuantConfig)
     if qconfig_summary_file is not None and not static:
@@ -221,16 +238,6 @@ def _check_arguments(
             f"quantization_config is a {type(quantization_config).__name__}; valid: llm.WeightOnlyQuantConfig, "
             "llm.StaticQuantConfig or None"
         )
-
-
-def _check_device(device: Any) -> None:
-    kind = str(device).partition(":")[0]
-    if kind not in ("cpu", "xpu"):
-        raise ValueError(f"device is {device!r}; valid: 'cpu', 'xpu'")
-    if kind == "xpu":
-        if not torch.xpu.is_available():
-            raise RuntimeError("device is 'xpu', but torch sees no XPU here (torch.xpu.is_available() is False)")
-        raise RuntimeError("device is 'xpu', but llmrt has no XPU kernels yet; use device='cpu'")
 
 
 def _check_tensors(model: Any, dtype: torch.dtype | None, may_lack: bool) -> None:

@@ -3,8 +3,8 @@
 ``llmrt.devices.load("xpu")`` imports this room and registers its kernels; a machine without such a device never does.
 """
 
-from .dispatch import Fallback, Installed, fallbacks, install
+from .dispatch import Fallback, Installed, fallbacks, install, missing
 from .route import ROUTES, Route
 from .table import TABLE, Row, choose
 
-__all__ = ["ROUTES", "TABLE", "Fallback", "Installed", "Route", "Row", "choose", "fallbacks", "install"]
+__all__ = ["ROUTES", "TABLE", "Fallback", "Installed", "Route", "Row", "choose", "fallbacks", "install", "missing"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..ops.operator import OPERATORS
-from .route import KINDS, import_routes
+from .route import KINDS, UNAVAILABLE, import_routes
 from .table import candidates, choose, forced_kind
 
 #: Dispatch keys of the devices, and the kinds of routes that each can run. The CPU is for tests: SYCL has a CPU device, Triton an
@@ -93,6 +93,18 @@ class Installed:
     def __exit__(self, *error: object) -> None:
         """Take the registration back."""
         self.remove()
+
+
+def missing(device: str) -> str | None:
+    """Return what keeps every kind of our kernels from running on a device, and how to get it; None if one kind can run.
+
+    Args:
+        device: "xpu", "cuda" or "cpu".
+    """
+    import_routes()
+    own = [kind for kind in DEVICES[device][1] if kind != "torch"]
+    lacking = [f"{kind}: {UNAVAILABLE[kind]}" for kind in own if kind in UNAVAILABLE]
+    return "; ".join(lacking) if len(lacking) == len(own) else None
 
 
 def install(device: str, forced: str | None = None, strict: bool = False) -> Installed:

@@ -64,9 +64,13 @@ def route(kind: str, operator: str, refuses: Callable[..., str | None] = _serves
 def import_routes() -> None:
     """Import xpu/composed.py and every module of xpu/sycl and xpu/triton: they register routes. A missing package is noted."""
     importlib.import_module(".composed", __package__)
+    UNAVAILABLE.clear()
     for kind in ("sycl", "triton"):
         if kind == "triton" and importlib.util.find_spec("triton") is None:
             UNAVAILABLE[kind] = "the package triton is not installed"
+            continue
+        if kind == "sycl" and (lack := importlib.import_module(".sycl.toolchain", __package__).missing()) is not None:
+            UNAVAILABLE[kind] = lack
             continue
         package = importlib.import_module(f".{kind}", __package__)
         for module in pkgutil.iter_modules(package.__path__):
