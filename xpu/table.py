@@ -9,7 +9,6 @@ from typing import Any
 
 from .route import KINDS, ROUTES, UNAVAILABLE, Route
 
-VARIABLE = "LLMRT_XPU_KERNELS"
 #: Up to this many rows a product is bound by reading the weight, which the SYCL kernels do at the memory's rate.
 SMALL_M = 16
 
@@ -68,10 +67,10 @@ def forced_kind() -> str | None:
     Raises:
         ValueError: it has another value.
     """
-    value = os.environ.get(VARIABLE, "").strip().lower()
+    value = os.environ.get("LLMRT_XPU_KERNELS", "").strip().lower()
     valid = (*KINDS, "reference")
     if value and value not in valid:
-        raise ValueError(f"{VARIABLE} is {value!r}; valid: {', '.join(valid)}")
+        raise ValueError(f"LLMRT_XPU_KERNELS is {value!r}; valid: {', '.join(valid)}")
     return value or None
 
 

@@ -49,18 +49,18 @@ def test_the_interpreter_knows_bfloat16(device: str) -> None:
 
 
 def test_autotuning_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(launch.VARIABLE, raising=False)
+    monkeypatch.delenv("LLMRT_TRITON_AUTOTUNE", raising=False)
     assert not launch.autotuned()
-    monkeypatch.setenv(launch.VARIABLE, "1")
+    monkeypatch.setenv("LLMRT_TRITON_AUTOTUNE", "1")
     assert launch.autotuned()
-    monkeypatch.setenv(launch.VARIABLE, "yes")
+    monkeypatch.setenv("LLMRT_TRITON_AUTOTUNE", "yes")
     with pytest.raises(ValueError, match="LLMRT_TRITON_AUTOTUNE is 'yes'; valid: 0, 1"):
         launch.autotuned()
 
 
 def test_autotuning_times_each_choice_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the clock replaced: the second choice is the fastest; an interpreted kernel would not be timed at all."""
-    monkeypatch.setenv(launch.VARIABLE, "1")
+    monkeypatch.setenv("LLMRT_TRITON_AUTOTUNE", "1")
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "_fastest", {})
     timed: list[Blocks] = []

@@ -13,7 +13,6 @@ from torch import Tensor
 from .blocks import Blocks
 from .interpreter import INTERPRETED
 
-VARIABLE = "LLMRT_TRITON_AUTOTUNE"
 _fastest: dict[tuple[Any, ...], Blocks] = {}
 
 
@@ -23,9 +22,9 @@ def autotuned() -> bool:
     Raises:
         ValueError: it is neither 0 nor 1.
     """
-    value = os.environ.get(VARIABLE, "").strip()
+    value = os.environ.get("LLMRT_TRITON_AUTOTUNE", "").strip()
     if value not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE} is {value!r}; valid: 0, 1")
+        raise ValueError(f"LLMRT_TRITON_AUTOTUNE is {value!r}; valid: 0, 1")
     return value == "1"
 
 
