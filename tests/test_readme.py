@@ -70,7 +70,8 @@ def test_the_export_example_continues_as_generate_does(tmp_path: Path) -> None:
 
 def test_commands_are_those_that_exist() -> None:
     listed = set(re.findall(r"^\| `llmrt (\w+)", README, re.MULTILINE))
-    assert listed == {info.callback.__name__ for info in app.registered_commands if info.callback}
+    groups = {group.typer_instance.info.name for group in app.registered_groups if group.typer_instance}
+    assert listed == {info.callback.__name__ for info in app.registered_commands if info.callback} | groups
 
 
 def test_environment_variables_are_those_that_are_read() -> None:
