@@ -68,7 +68,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_only_arguments_are_touched(name: str, fenced: Fenced, isa: str) -> None:
+def test_only_arguments_are_touched(name: str, fenced: Fenced, kernel_isa: str) -> None:
     op: Operator = OPERATORS[name]
     for sample in op.sample_inputs(torch.bfloat16) + op.sample_inputs(torch.float32)[::4]:
         expected = run(op, sample.clone())
