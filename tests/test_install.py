@@ -32,6 +32,13 @@ def test_every_module_is_there(tree: Path) -> None:
         assert sources == {f.relative_to(tree / "llmrt") for f in (tree / "llmrt" / room).rglob("*.py")}
 
 
+def test_sycl_sources_and_the_loader_are_there(tree: Path) -> None:
+    wanted = {f.name for f in (ROOT / "xpu/sycl").glob("*.?pp")}
+    assert {"launcher.cpp", "element.hpp"} <= wanted
+    assert wanted == {f.name for f in (tree / "llmrt/xpu/sycl").glob("*.?pp")}
+    assert (tree / "llmrt/devices.py").is_file()
+
+
 def test_demo_model_is_there_bit_for_bit(tree: Path) -> None:
     names = [f.name for f in (ROOT / "llm/demo/tiny-python").iterdir()]
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(names)
