@@ -45,11 +45,12 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_gptq(model: Any, directory: Path, group: int) -> None:
-    """Write the model as a GPTQ checkpoint of 4 bits, symmetric, with random codes; embedding, norms and head as they are."""
+    """Write the model as a GPTQ checkpoint of 4 bits, symmetric, with random codes; embedding, norms and an untied head as they are."""
     import torch
     from safetensors.torch import save_file
 
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if "lm_head" not in name}
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tied and "lm_head" in name)}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
             del tensors[f"{name}.weight"]

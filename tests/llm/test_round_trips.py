@@ -61,10 +61,11 @@ def ordered() -> dict[str, Tensor]:
     """Return a GPTQ state dict whose groups are in random order, one order for linears with a common input."""
     state = packed(one_layer())
     orders: dict[tuple[str, int], Tensor] = {}
+    random = torch.Generator().manual_seed(0)  # the same model at every call
     for key in [key for key in state if key.endswith("g_idx")]:
         size = len(state[key])
         owner = key.rsplit(".", 2)[0]
-        state[key] = state[key][orders.setdefault((owner, size), torch.randperm(size))].contiguous()
+        state[key] = state[key][orders.setdefault((owner, size), torch.randperm(size, generator=random))].contiguous()
     return state
 
 
