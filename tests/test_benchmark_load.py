@@ -14,7 +14,7 @@ def test_every_way_reports(tmp_path: Path) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     record = json.loads((tmp_path / "out/load-tiny.json").read_text())
     assert done.stdout == (tmp_path / "out/load-tiny.txt").read_text()
-    assert set(record["ways"]) == {"load and optimize", "quantize on load", "reload quantized"}
+    assert set(record["ways"]) == {"load and optimize", "quantize on load", "reload quantized", "load GPTQ"}
     for way, (seen,) in record["ways"].items():
         assert way in done.stdout
         assert seen["load_s"] > 0 and seen["first_token_s"] > 0 and seen["peak_bytes"] >= seen["before_bytes"] > 0
