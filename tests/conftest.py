@@ -1,4 +1,6 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -6,6 +8,8 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+
+sys.path.append(str(Path(__file__).parent))  # `from comparing import ...`
 
 if not (torch.cuda.is_available() or torch.xpu.is_available()):
     #: Triton's kernels run on the CPU, in Python. Triton looks when it is imported, which torch does where it likes.

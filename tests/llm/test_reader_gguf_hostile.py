@@ -26,6 +26,16 @@ def small(path):
     return write(path, METADATA, {"w": (Q4_0, (3, 64), data), "v": (F32, (5,), vector)})
 
 
+#: Sizes of a model of one layer.
+SIZES = {
+    "block_count": 1,
+    "embedding_length": 64,
+    "attention.head_count": 4,
+    "feed_forward_length": 64,
+    "vocab_size": 64,
+}
+
+
 def test_header(tmp_path):
     header = read_header(small(tmp_path / "small.gguf"), BLOCKS)
     assert header.values == {**METADATA, "x.list": 3, "x.names": 2}
@@ -104,13 +114,6 @@ def test_too_many_elements(tmp_path):
 
 
 def test_metadata_that_contradict_the_tensors(tmp_path):
-    keys = {
-        "block_count": 1,
-        "embedding_length": 64,
-        "attention.head_count": 4,
-        "feed_forward_length": 64,
-        "vocab_size": 64,
-    }
     tensors = {"token_embd.weight": (F32, (64, 64), floats(F32, torch.zeros(64, 64)))}
     for key, wrong, message in (
         ("block_count", 1 << 31, "num_hidden_layers is 2147483648; it has 1 tensors"),
@@ -119,7 +122,10 @@ def test_metadata_that_contradict_the_tensors(tmp_path):
         ("embedding_length", "wide", "no configuration can be made of its metadata"),
         ("rope.dimension_count", 1 << 31, "head_dim is 2147483648"),
     ):
-        metadata = {"general.architecture": "llama", **{f"llama.{k}": item for k, item in {**keys, key: wrong}.items()}}
+        metadata = {
+            "general.architecture": "llama",
+            **{f"llama.{k}": item for k, item in {**SIZES, key: wrong}.items()},
+        }
         write(tmp_path / "wrong.gguf", metadata, tensors)
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "wrong.gguf")
@@ -184,14 +190,7 @@ def test_parts_of_a_split_model(tmp_path):
 
 def test_factors_that_are_no_frequencies(tmp_path):
     """A single one would be used for all."""
-    keys = {
-        "block_count": 1,
-        "embedding_length": 64,
-        "attention.head_count": 4,
-        "feed_forward_length": 64,
-        "vocab_size": 64,
-    }
-    metadata = {"general.architecture": "llama", **{f"llama.{k}": item for k, item in keys.items()}}
+    metadata = {"general.architecture": "llama", **{f"llama.{k}": item for k, item in SIZES.items()}}
     embedding = (F32, (64, 64), floats(F32, torch.zeros(64, 64)))
     factors = (F32, (1,), floats(F32, torch.ones(1)))
     write(tmp_path / "wrong.gguf", metadata, {"token_embd.weight": embedding, "rope_freqs.weight": factors})

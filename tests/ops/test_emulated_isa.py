@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_operators import DTYPES, compare_with_double
+from comparing import compare_with_double
+from test_operators import DTYPES
 
 from llmrt import _C, ops
 from llmrt.ops import OPERATORS, Layout

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_operators import run
+from comparing import run
 
 from llmrt.ops import OPERATORS, Operator
 

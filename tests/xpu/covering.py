@@ -9,6 +9,7 @@ import torch
 
 from llmrt.ops import Layout, Operator
 from llmrt.ops.operator import Sample
+from llmrt.xpu.triton.compile_ahead import cover
 
 #: Arguments that decide how a kernel works: every pair of a kind of theirs and one of another argument is kept.
 DECIDING = {"quant_linear": ("compute",), "attention": ("rows of key",), "rope": ("interleaved",)}
@@ -64,11 +65,4 @@ def with_pairs(op: Operator, sample: Sample) -> set[Hashable]:
 
 def covering(op: Operator) -> list[Sample]:
     """Return few samples, of all dtypes, that have every kind and deciding pair: the one with the most new ones first, and so on."""
-    left = [(sample, with_pairs(op, sample)) for sample in sorted(every_sample(op), key=cost)]
-    missing = set().union(*(found for _, found in left))
-    chosen = []
-    while missing:
-        sample, found = max(left, key=lambda pair: len(pair[1] & missing))
-        chosen.append(sample)
-        missing -= found
-    return chosen
+    return cover([(sample, with_pairs(op, sample)) for sample in sorted(every_sample(op), key=cost)])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from comparing import compare_with_double
 from covering import covering, every_sample
 
 from llmrt import ops, xpu
-from llmrt.ops import OPERATORS, Layout, Operator
-from llmrt.ops.operator import Sample
+from llmrt.ops import OPERATORS, Layout
 from llmrt.xpu.route import ROUTES, import_routes
 
 import_routes()
@@ -15,49 +15,18 @@ SERVED = sorted(operator for operator, kind in ROUTES if kind == "triton")
 SLOW = {"attention", "kv_append", "quant_linear", "rope", "rope_append"}
 
 
-def on(device: str, sample: Sample) -> Sample:
-    """Return the sample with its tensors copied to a device, strides included."""
-
-    def move(t: torch.Tensor) -> torch.Tensor:
-        return torch.empty(0, dtype=t.dtype, device=device).set_(
-            t.untyped_storage().to(device=device).clone(), t.storage_offset(), t.shape, t.stride()
-        )
-
-    return sample.map(move)
-
-
-def run(call, sample: Sample) -> list[torch.Tensor]:
-    """Return the outputs of a call, then the arguments that it may have mutated."""
-    out = call(*sample.args, **sample.kwargs)
-    arguments = [a for a in (*sample.args, *sample.kwargs.values()) if isinstance(a, torch.Tensor)]
-    return [t.cpu() for t in (*(out if isinstance(out, tuple) else (out,)), *arguments) if t is not None]
-
-
-def compare(op: Operator, sample: Sample, device: str) -> None:
-    expected = run(op.reference, sample.clone().double())
-    actual = run(op, on(device, sample.clone()))
-    for a, e in zip(actual, expected, strict=True):
-        rtol = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(a.dtype, 0)
-        a, e = (t.double() if t.is_floating_point() else t for t in (a, e))
-        torch.testing.assert_close(
-            a, e, rtol=rtol, atol=rtol, equal_nan=True, msg=lambda m: f"{sample.name} {sample.args[0].dtype}: {m}"
-        )
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, where the interpreter divides by 0 and rounds NaN
 @pytest.mark.parametrize("name", SERVED)
 def test_equals_reference_in_double(name: str, device: str, kernels: xpu.Installed) -> None:
     op = OPERATORS[name]
     samples = covering(op) if device == "cpu" and name in SLOW else every_sample(op)
     for sample in samples:
-        compare(op, sample, device)
+        compare_with_double(op, sample, device)
     assert kernels.calls == {(name, "triton"): len(samples)}
 
 
 def test_every_operator_that_triton_shall_serve_has_a_kernel() -> None:
-    shall = {row.operator for row in xpu.TABLE if row.kind == "triton"} - {
-        "pack_weight"
-    }  # bytes are packed once, on the CPU
+    shall = {row.operator for row in xpu.TABLE if row.kind == "triton"}
     assert set(SERVED) == shall
 
 

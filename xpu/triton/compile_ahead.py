@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from ..route import ROUTES, import_routes
 from .interpreter import INTERPRETED
 
 TARGET = GPUTarget("cuda", 90, 32)
+T = TypeVar("T")
 #: What one program may take of the shared memory of an H100.
 SHARED = 227 << 10
 
@@ -208,17 +209,25 @@ def _kinds(call: Call) -> set[tuple[str, ...]]:
     return found
 
 
-def covering() -> list[Call]:
-    """Return few calls that have every kind of launch that all calls have: the one with the most new kinds first, and so on."""
-    import_routes()
-    left = [(call, _kinds(call)) for call in calls()]
-    missing = set().union(*(kinds for _, kinds in left))
-    chosen = []
+def cover(left: Sequence[tuple[T, set[Any]]]) -> list[T]:
+    """Return few of the things that have every kind that all have: the one with the most new kinds first, and so on.
+
+    Args:
+        left: things and their kinds.
+    """
+    missing: set[Any] = set().union(*(kinds for _, kinds in left))
+    chosen: list[T] = []
     while missing:
-        call, kinds = max(left, key=lambda pair: len(pair[1] & missing))
-        chosen.append(call)
+        thing, kinds = max(left, key=lambda pair: len(pair[1] & missing))
+        chosen.append(thing)
         missing -= kinds
     return chosen
+
+
+def covering() -> list[Call]:
+    """Return few calls that have every kind of launch that all calls have."""
+    import_routes()
+    return cover([(call, _kinds(call)) for call in calls()])
 
 
 def compile_all(chosen: list[Call] | None = None) -> list[Compiled]:
