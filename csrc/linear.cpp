@@ -12,11 +12,14 @@
 namespace llmrt {
 namespace {
 
-constexpr int64_t kChunkBytes =
-    768 << 10;                       // of prepared activations that a thread sweeps per weight panel: most of a 1 MB L2
-constexpr int64_t kChunkRows = 144;  // their float accumulators, 128 bytes a row, stay in a 32 KB L1
-constexpr int64_t kAloneBytes =
-    32 << 10;  // activations so small that each thread prepares them for itself, without a barrier
+// A thread decodes a part of the weight for a chunk of rows: many, but their sums, 128 bytes a row, shall stay in an L1
+// where they are added to for every segment (int8 products), in an L2 where only for every panel.
+constexpr int64_t chunk_rows(Compute compute) { return compute == Compute::bf16 ? 264 : 144; }
+// A chunk's prepared activations pass by for each block of outputs. Up to so many bytes do it well from an L2 and what
+// it borrows of an L3; of more, spans of so many stay in the L2 for a group of blocks with their sums.
+constexpr int64_t kWholeBytes = 1088 << 10, kSpanBytes = 600 << 10, kGroup = 8;
+// Activations so small that each thread prepares them for itself, without a barrier.
+constexpr int64_t kAloneBytes = 32 << 10;
 
 constexpr const char* kEpilogues[] = {"none", "relu", "silu",     "gelu",     "gelu_tanh",
                                       "add",  "mul",  "silu_mul", "gelu_mul", "gelu_tanh_mul"};
@@ -75,10 +78,12 @@ void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
   // Row blocks of about equal size, chunks of row blocks of about equal number.
   const int64_t most = kernels.block_rows(a.compute, M), row_blocks = (M + most - 1) / most;
   const int64_t rows = (M + row_blocks - 1) / row_blocks;
-  const int64_t fitting = std::clamp(kChunkBytes / (rows * sizes.row_bytes), int64_t{4}, kChunkRows / rows);
+  const int64_t fitting = chunk_rows(a.compute) / rows, tiles = a.weight.tiles;
   const int64_t chunks = (row_blocks + fitting - 1) / fitting;
   const Grid grid{M, (row_blocks + chunks - 1) / chunks * rows, a.weight.blocks};
-  const int64_t scratch_bytes = kernels.panel_bytes + grid.chunk * 128;
+  const int64_t chunk_bytes = grid.chunk * sizes.row_bytes, spans = (chunk_bytes + kSpanBytes - 1) / kSpanBytes;
+  if (chunk_bytes > kWholeBytes) a.span = ((tiles + spans - 1) / spans + 3) / 4 * 4, a.group = kGroup;
+  const int64_t scratch_bytes = kernels.panel_bytes + grid.chunk * 128 * a.group;
   static thread_local Scratch activations, scratch;
   const bool alone = sizes.bytes(M) <= kAloneBytes;
   if (!alone) {
@@ -95,10 +100,9 @@ void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
     return mine;
   };
   // One row block is bound by memory: long ranges, and pieces that a thread which got less of the memory leaves to the
-  // other. Many are bound by arithmetic: small pieces
-  // balance.
+  // other. Many are bound by arithmetic: small pieces balance.
   parallel_pieces(
-      grid.tasks(), row_blocks == 1 ? 8 : 32, prepared,
+      grid.tasks(), row_blocks == 1 || a.group > 1 ? 8 : 32, prepared,
       [&](const MultiplyArgs& mine, int64_t t0, int64_t t1) { grid.run(mine, t0, t1, scratch.get(scratch_bytes)); });
 }
 

@@ -74,18 +74,25 @@ void expand_bytes(const PackedWeight& w, const uint8_t* tile, int64_t row0, int6
     }
 }
 
+// Zero points of asymmetric weights for the outputs of a row of 64 bytes from byte j on.
+inline I32 zeros_at(const PackedWeight& w, const uint8_t* tile, int64_t row, int64_t j) {
+  const int64_t input = row / 2 * (32 / w.bits);
+  return load_bytes(zeros_of(w, tile) + input / w.segment * kTileN + row % 2 * 16 + j / 4);
+}
+
 // Floats: steps of one input.
 template <Coding c>
 void expand_floats(const PackedWeight& w, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel) {
   constexpr int codes = 32 / bits_of(c);
   const CodeTable table(w.book, constant_zero(w));
-  const I32 zero = I32::set1(constant_zero(w));
+  const I32 constant = I32::set1(constant_zero(w));
   for (int64_t row = row0; row < row1; row++)
     for (int64_t j = 0; j < 64; j += kVectorBytes) {
       const I32 x = load_words(tile + row * 64 + j);
       uint8_t* to = panel + row / 2 * codes * 128 + row % 2 * 64 + j;
+      const F32 zero = w.asymmetric ? to_float(zeros_at(w, tile, row, j)) : F32::zero();
       for_each_index<codes>([&](auto i) {
-        store((float*)(to + input_at<bits_of(c)>(i.value) * 128), value_at<c, i.value>(x, table, zero));
+        store((float*)(to + input_at<bits_of(c)>(i.value) * 128), value_at<c, i.value>(x, table, constant) - zero);
       });
     }
 }
@@ -97,13 +104,17 @@ void expand_pairs(const PackedWeight& w, const uint8_t* tile, int64_t row0, int6
   const PairTable table(w.book);
   const Float8Pairs<c> float8;
   const CodeTable none(w.book, 0);
-  const I32 zero = I32::set1(constant_zero(w)), high = I32::set1((int32_t)0xffff0000);
+  const I32 constant = I32::set1(w.zero), high = I32::set1((int32_t)0xffff0000);
+  const PairRange range;
   for (int64_t row = row0; row < row1; row++)
     for (int64_t j = 0; j < 64; j += kVectorBytes) {
       const I32 x = load_words(tile + row * 64 + j);
       uint8_t* to = panel + row / 2 * pairs * 128 + row % 2 * 64 + j;
+      const I32 zero = w.asymmetric ? zeros_at(w, tile, row, j) : constant;
       for_each_index<pairs>([&](auto i) {
-        if constexpr (bits_of(c) == 4) {
+        if (c == Coding::nibbles && w.asymmetric) {
+          store_words(to + i.value * 128, less_zero(shift_right<4 * i.value>(x), zero, range));
+        } else if constexpr (bits_of(c) == 4) {
           store_words(to + i.value * 128, value_of(shift_right<4 * i.value>(x), table));
         } else if constexpr (is_float8(c)) {
           store_words(to + i.value * 128, pair_of<i.value>(x, float8));

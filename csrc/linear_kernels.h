@@ -3,6 +3,7 @@
 #include "epilogue_kernels.h"
 #include "linear.h"
 #include "linear_decode.h"
+#include "linear_panels.h"
 #include "linear_prepare.h"
 #include "linear_row.h"
 #include "linear_tiles.h"
@@ -85,7 +86,8 @@ struct Method {
   Expand expand;       // null: the tiles read the weight itself
   bool ahead;          // the next panel is made while this one is used
   int64_t per_dword;   // inputs in a dword of activations
-  int64_t prefetched;  // which of the next tiles is prefetched: the first that nothing has read yet
+  int64_t prefetched;  // which of the next panels is prefetched: the first that nothing has read yet
+  int64_t depth = 1;   // tiles of a panel
 };
 
 inline Method method_of(const MultiplyArgs& a, bool one_block) {
@@ -99,57 +101,114 @@ inline Method method_of(const MultiplyArgs& a, bool one_block) {
   }
   if (a.compute == Compute::bf16) {
     if (one_block) return {kPairs[coding].of, nullptr, false, 2, 0};
-    return {kPairPanels.of, kExpandPairs[coding], true, 2, 2};
+    return {kPairPanels.of, kExpandPairs[coding], true, 2, 2, kDepth};
   }
   if (one_block) return {kFloats[coding].of, nullptr, false, 1, 0};
   return {kFloatPanels.of, kExpandFloats[coding], false, 1, 1};  // two panels of floats would not fit a 32 KB L1
 }
 
-constexpr int64_t kPanelBytes = kTileK * kTileN * 4;  // of floats, or two of bf16 pairs or bytes
+constexpr int64_t kFloatPanelBytes = kTileK * kTileN * 4, kPairPanelBytes = kTileK * kTileN * 2;  // of one tile
+constexpr int64_t kPanelBytes = kBf16Products ? 2 * kDepth * kPairPanelBytes : kFloatPanelBytes;
 
-// Rows row0 .. row1 - 1 times tiles: `multiply` for one panel of 32 outputs after the other.
-struct Sweep {
-  const MultiplyArgs& a;
-  int64_t row0, row1, tile1;  // tile1: the end of the range
-  Method method;
-  uint8_t* panels;
-  float* C;  // [row1 - row0][32]
+// A number of tiles of one block of outputs.
+struct Panel {
+  int64_t block, k, count;  // k: its first tile in the block
+};
 
-  const uint8_t* tile_of(int64_t i) const { return a.weight.data + i * a.weight.tile_bytes; }
-  uint8_t* panel_of(int64_t i) const { return panels + (method.ahead ? i & 1 : 0) * (kPanelBytes / 2); }
-
-  // Makes a part of the tiles to come ready: `count` rows of codes from `row` on, and lines from `line` on.
-  void look_ahead(int64_t i, int64_t row, int64_t count, int64_t line, int64_t lines) const {
-    const PackedWeight& w = a.weight;
-    const int64_t row1 = row + count < w.code_bytes / 64 ? row + count : w.code_bytes / 64;
-    if (method.ahead && i + 1 < tile1 && row < row1) method.expand(w, tile_of(i + 1), row, row1, panel_of(i + 1));
-    const uint8_t* next = tile_of(i + method.prefetched) + line * 64;
-    if (i + method.prefetched < tile1)
-      for (int64_t j = 0; j < lines; j++) __builtin_prefetch(next + j * 64, 0, 2);
+// The order of panels: of a group of blocks, all panels of one span of inputs after the other, so that the activations
+// of a span come from an L2 for every block but the first.
+class Order {
+ public:
+  Order(const MultiplyArgs& a, int64_t depth, int64_t block0, int64_t block1)
+      : tiles_(a.weight.tiles), span_(a.span), group_(a.group), depth_(depth), end_(block1), first_(block0) {
+    start(0);
+  }
+  bool done() const { return first_ >= end_; }
+  Panel panel() const {
+    const int64_t end = begin_ + span_ < tiles_ ? begin_ + span_ : tiles_;
+    return {block_, k_, end - k_ < depth_ ? end - k_ : depth_};
+  }
+  int64_t column() const { return block_ - first_; }  // of the block in its group
+  void advance() {
+    k_ += depth_;
+    if (k_ < tiles_ && k_ < begin_ + span_) return;
+    k_ = begin_;
+    if (++block_ < last_) return;
+    if (begin_ + span_ < tiles_) return start(begin_ + span_);
+    first_ += group_;
+    start(0);
   }
 
-  void run(int64_t i, bool first, TileArgs t) const {
+ private:
+  void start(int64_t begin) {
+    last_ = first_ + group_ < end_ ? first_ + group_ : end_;
+    begin_ = k_ = begin, block_ = first_;
+  }
+  int64_t tiles_, span_, group_, depth_, end_;
+  int64_t first_, last_, begin_, block_, k_;  // blocks of the group; the span's first tile
+};
+
+// Rows row0 .. row1 - 1 times panels.
+struct Sweep {
+  const MultiplyArgs& a;
+  int64_t row0, row1;
+  Method method;
+  uint8_t* panels;
+  float* C;  // [group][row1 - row0][32]
+
+  const uint8_t* tile_of(const Panel& panel) const {
+    return a.weight.data + (panel.block * a.weight.tiles + panel.k) * a.weight.tile_bytes;
+  }
+
+  // Decodes rows of codes of a panel, counted through its tiles.
+  void expand(const Panel& panel, int64_t begin, int64_t end, uint8_t* to) const {
+    const int64_t rows = a.weight.code_bytes / 64, bytes = kTileK * kTileN * 4 / method.per_dword;
+    const uint8_t* tile = tile_of(panel);
+    if (end > panel.count * rows) end = panel.count * rows;
+    for (int64_t i = begin / rows; i * rows < end; i++) {
+      const int64_t first = begin > i * rows ? begin - i * rows : 0,
+                    last = end < (i + 1) * rows ? end - i * rows : rows;
+      method.expand(a.weight, tile + i * a.weight.tile_bytes, first, last, to + i * bytes);
+    }
+  }
+
+  // Makes part b of `blocks` of the panels to come ready.
+  void look_ahead(const Order& next, const Order& far, uint8_t* to, int64_t b, int64_t blocks) const {
+    const int64_t codes = method.depth * (a.weight.code_bytes / 64);
+    if (method.ahead && !next.done()) expand(next.panel(), b * codes / blocks, (b + 1) * codes / blocks, to);
+    if (far.done()) return;
+    const uint8_t* tile = tile_of(far.panel());
+    const int64_t lines = far.panel().count * a.weight.tile_bytes / 64;
+    for (int64_t j = b * lines / blocks; j < (b + 1) * lines / blocks; j++) __builtin_prefetch(tile + j * 64, 0, 2);
+  }
+
+  void run(const Order& now, const Order& next, const Order& far, bool odd, TileArgs t) const {
     const PackedWeight& w = a.weight;
     const int64_t block = a.activations.block, blocks = (row1 - row0 + block - 1) / block;
-    const int64_t n = i / w.tiles, k = i % w.tiles;
     const int64_t row_bytes = w.tiles * kTileK * 4 / method.per_dword;
-    const uint8_t* tile = tile_of(i);
-    if (method.expand && (!method.ahead || first)) method.expand(w, tile, 0, w.code_bytes / 64, panel_of(i));
-    t.codes = method.expand ? panel_of(i) : tile;
-    t.scales = scales_of(w, tile), t.zeros = zeros_of(w, tile);
-    const int64_t rows = (w.code_bytes / 64 + blocks - 1) / blocks, lines = (w.tile_bytes / 64 + blocks - 1) / blocks;
+    const Panel panel = now.panel();
+    const uint8_t* tile = tile_of(panel);
+    uint8_t* const here = panels + (method.ahead && odd ? kPanelBytes / 2 : 0);
+    uint8_t* const there = panels + (odd ? 0 : kPanelBytes / 2);
+    if (method.expand && !method.ahead) expand(panel, 0, panel.count * (w.code_bytes / 64), here);
+    t.codes = method.expand ? here : tile, t.scales = scales_of(w, tile), t.zeros = zeros_of(w, tile);
+    const bool floats = method.expand && a.compute != Compute::int8;
+    const Stretches stretches(w, tile, floats ? panel.count : 0, t.steps, t.unit);
+    t.stretches = &stretches;
+    const bool last = panel.k + panel.count == w.tiles;
+    float* const sums = C + now.column() * (row1 - row0) * kTileN;
     for (int64_t b = 0, m = row0; b < blocks; b++, m += block) {
       const int64_t R = row1 - m < block ? row1 - m : block;
-      if (method.prefetched) look_ahead(i, b * rows, rows, b * lines, lines);
-      t.a = a.activations.codes + m * row_bytes + k * kTileK * 4 / method.per_dword * R;
-      const int64_t at = (m * w.tiles + k * R) * t.segments;
+      if (method.prefetched) look_ahead(next, far, there, b, blocks);
+      t.a = a.activations.codes + m * row_bytes + panel.k * kTileK * 4 / method.per_dword * R;
+      const int64_t at = (m * w.tiles + panel.k * R) * t.segments;
       t.a_scales = a.activations.scales + at, t.a_sums = a.activations.sums + at;
-      t.C = C + (m - row0) * kTileN;
-      if (k == 0) memset(t.C, 0, R * kTileN * sizeof(float));
-      if (k == w.tiles - 1) prefetch_output(a, m, R, n);
+      t.C = sums + (m - row0) * kTileN;
+      if (panel.k == 0) memset(t.C, 0, R * kTileN * sizeof(float));
+      if (last) prefetch_output(a, m, R, panel.block);
       t.R = R;
       method.tiles[R](t);
-      if (k == w.tiles - 1) kFinish[(int)a.dtype](a, m, R, n, t.C);
+      if (last) kFinish[(int)a.dtype](a, m, R, panel.block, t.C);
     }
   }
 };
@@ -158,13 +217,22 @@ void multiply_by(const Method& method, const MultiplyArgs& a, int64_t row0, int6
                  int64_t block1, void* scratch) {
   const PackedWeight& w = a.weight;
   uint8_t* panels = (uint8_t*)scratch;
-  const Sweep sweep{a, row0, row1, block1 * w.tiles, method, panels, (float*)(panels + kPanelBytes)};
+  const Sweep sweep{a, row0, row1, method, panels, (float*)(panels + kPanelBytes)};
   TileArgs t;
   t.scale_dtype = w.scale, t.asymmetric = w.asymmetric, t.zero = constant_zero(w);
   t.book = w.book, t.digits = w.digits;
   t.unit = a.compute != Compute::bf16 ? 1.f : unit_of_pairs(w.coding);
   t.segments = kTileK / w.segment, t.steps = w.segment / method.per_dword;
-  for (int64_t i = block0 * w.tiles; i < block1 * w.tiles; i++) sweep.run(i, i == block0 * w.tiles, t);
+  Order now(a, method.depth, block0, block1), next = now, far = now;
+  next.advance();
+  for (int64_t i = 0; i < method.prefetched && !far.done(); i++) far.advance();
+  if (method.ahead) sweep.expand(now.panel(), 0, now.panel().count * (w.code_bytes / 64), panels);
+  for (bool odd = false; !now.done(); odd = !odd) {
+    sweep.run(now, next, far, odd, t);
+    now = next;
+    next.advance();
+    if (!far.done()) far.advance();
+  }
 }
 
 // Row `m` times blocks block0 .. block1 - 1.

@@ -34,7 +34,7 @@ void prepare_lines(const PrepareArgs& a, const PackedWeight& w, int64_t m0, int6
     for (int64_t s = 0; s < segments; s++) {
       alignas(64) uint8_t codes[2 * kTileK];
       const int64_t at = m0 * segments + s * R;
-      const SegmentRows<T> row{a, w, s, 1, codes, a.out.scales + at + r, a.out.sums + at + r};
+      const SegmentRows<T> row{a, w, s, codes, a.out.scales + at + r, a.out.sums + at + r};
       if (a.compute == Compute::int8)
         row.int8_row(x, 0);
       else
@@ -95,8 +95,8 @@ inline void segment_dots(const uint8_t* w, const uint8_t* a, int64_t R, int64_t 
   }
 }
 
-// C += scale * (a_scale * (dots - zero * sum)), as start_segment and add_segment (for pairs start_floats and
-// FloatSums) have it; int8 products come out with the same bits.
+// C += scale * (a_scale * (dots - zero * sum)), as start_segment and SegmentSums have it, with the same bits; for
+// pairs, whose zero points the panel has taken off, C += scale * dots.
 template <bool pairs>
 inline void add_dots(const TileArgs& t, int64_t s, const int32_t* dots) {
   for (int64_t n = 0; n < kTileN; n += F32::lanes) {
@@ -107,7 +107,7 @@ inline void add_dots(const TileArgs& t, int64_t s, const int32_t* dots) {
       const I32 d = load_words(dots + r * kTileN + n), sum = I32::set1(t.a_sums[s * t.R + r]);
       const F32 a_scale = F32::set1(t.a_scales[s * t.R + r]);
       if (pairs)
-        store(C, fma(t.asymmetric ? fma(to_float(zero), a_scale, as_float(d)) : as_float(d), scale, load(C)));
+        store(C, fma(as_float(d), scale, load(C)));
       else
         store(C, fma(to_float(d + (t.asymmetric ? dot16(zero, sum) : sum)), scale * a_scale, load(C)));
     }

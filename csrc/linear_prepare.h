@@ -1,5 +1,7 @@
 // Activations into the form that the register tiles read (struct Activations).
 #pragma once
+#include <type_traits>
+
 #include "linear.h"
 #include "linear_decode.h"
 #include "linear_vec.h"
@@ -85,42 +87,56 @@ inline void scatter(const void* from, int64_t dwords, void* to, int64_t R) {
   }
 }
 
-// The order of inputs that bf16 products take, see `expand_pairs`.
-template <int bits>
-inline void pair_up(const bf16* from, int64_t length, bf16* to) {
-  constexpr int inputs = 32 / bits;
-  for (int64_t k = 0; k < length; k += inputs)
-    for (int i = 0; i < inputs; i++) to[k + i] = from[k + input_at<bits>(i / 2) + i % 2 * 2];
+// Rows of `dwords` dwords into [dwords][R].
+inline void interleave(const uint8_t* rows, int64_t dwords, int64_t R, uint8_t* to) {
+  const auto row = [&](int64_t r) { return (const uint32_t*)rows + r * dwords; };
+  uint32_t* t = (uint32_t*)to;
+  int64_t r = 0;
+  for (; r + 4 <= R; r += 4)
+    for (int64_t i = 0; i < dwords; i += F32::lanes)
+      store_columns(load_words(row(r) + i), load_words(row(r + 1) + i), load_words(row(r + 2) + i),
+                    load_words(row(r + 3) + i), t + i * R + r, R);
+  for (; r < R; r++) scatter(row(r), dwords, t + r, R);
 }
 
-// One segment of rows m0 .. m0 + R - 1, prepared to one after another.
+// One segment of rows m0 .. m0 + R - 1, prepared one after another.
 template <class T>
 struct SegmentRows {
   const PrepareArgs& a;
   const PackedWeight& w;
-  int64_t s, R;
-  uint8_t* codes;  // [dwords][R]
+  int64_t s;
+  uint8_t* codes;  // [R][bytes of the segment]
   float* scales;   // [R]
   int32_t* sums;   // [R]
 
+  bool positions_are_inputs() const { return a.group == a.padded_group && (s + 1) * w.segment <= a.K; }
+
   void int8_row(const T* x, int64_t r) const {
-    alignas(64) int8_t buffer[kTileK];
     alignas(64) float padded[kTileK];
     const int64_t p = s * w.segment;
+    int8_t* to = (int8_t*)codes + r * w.segment;
     int32_t total;
-    if (a.group == a.padded_group && p + w.segment <= a.K) {  // positions are inputs
-      scales[r] = quantize_segment(x + p, w.segment, buffer, total) * w.unit;
+    if (positions_are_inputs()) {
+      scales[r] = quantize_segment(x + p, w.segment, to, total) * w.unit;
     } else {
       load_padded(x, a.dtype, source_of(a, p, w.segment), w.segment, padded);
-      scales[r] = quantize_segment(padded, w.segment, buffer, total) * w.unit;
+      scales[r] = quantize_segment(padded, w.segment, to, total) * w.unit;
     }
     sums[r] = w.asymmetric ? (uint16_t)-total : -w.zero * total;
-    scatter(buffer, w.segment / 4, codes + 4 * r, R);
+  }
+
+  void pairs_row(const void* narrow, int64_t r) const {
+    const uint8_t* from = (const uint8_t*)narrow;
+    uint8_t* to = codes + r * w.segment * 2;
+    for (int64_t i = 0; i < 2 * w.segment; i += 64)
+      w.bits == 4 ? pair_up<4>(from + i, to + i) : pair_up<8>(from + i, to + i);
   }
 
   void float_row(const T* x, int64_t r) const {
+    if constexpr (std::is_same_v<T, bf16>)
+      if (a.compute == Compute::bf16 && !w.asymmetric && positions_are_inputs()) return pairs_row(x + s * w.segment, r);
     alignas(64) float buffer[kTileK];
-    alignas(64) bf16 narrow[kTileK], pairs[kTileK];
+    alignas(64) bf16 narrow[kTileK];
     load_padded(x, a.dtype, source_of(a, s * w.segment, w.segment), w.segment, buffer);
     F32 total = F32::zero();
     for (int64_t i = 0; i < w.segment; i += F32::lanes) {
@@ -133,15 +149,10 @@ struct SegmentRows {
       total = total + v;
     }
     scales[r] = -sum(total);
-    if (a.compute == Compute::bf16) {
-      if (w.bits == 4)
-        pair_up<4>(narrow, w.segment, pairs);
-      else
-        pair_up<8>(narrow, w.segment, pairs);
-      scatter(pairs, w.segment / 2, codes + 4 * r, R);
-    } else {
-      scatter(buffer, w.segment, codes + 4 * r, R);
-    }
+    if (a.compute == Compute::bf16)
+      pairs_row(narrow, r);
+    else
+      memcpy(codes + r * w.segment * 4, buffer, w.segment * 4);
   }
 };
 
@@ -153,7 +164,8 @@ void prepare_block(const PrepareArgs& a, const PackedWeight& w, int64_t m0, int6
   uint8_t* codes = a.out.codes + m0 * segments * bytes;
   for (int64_t s = 0; s < segments; s++, codes += R * bytes) {
     const int64_t at = m0 * segments + s * R;
-    const SegmentRows<T> rows{a, w, s, R, codes, a.out.scales + at, a.out.sums + at};
+    alignas(64) uint8_t buffer[kBlockRows * kTileK * 4];
+    const SegmentRows<T> rows{a, w, s, R == 1 ? codes : buffer, a.out.scales + at, a.out.sums + at};
     for (int64_t i = 0; i < R * bytes; i += 64) prefetch_to_write(codes + R * bytes + i);
     for (int64_t r = 0; r < R; r++) {
       const T* x = (const T*)a.x + (m0 + r) * a.stride;
@@ -163,6 +175,7 @@ void prepare_block(const PrepareArgs& a, const PackedWeight& w, int64_t m0, int6
       else
         rows.float_row(x, r);
     }
+    if (R > 1) interleave(buffer, bytes / 4, R, codes);
   }
 }
 

@@ -7,6 +7,8 @@
 namespace llmrt {
 namespace {
 
+struct Stretches;
+
 struct TileArgs {
   const uint8_t* codes;  // a panel, or for the packed tiles the weight itself
   const uint8_t* a;      // dwords [step][R]
@@ -21,7 +23,8 @@ struct TileArgs {
   float unit;
   int64_t segments, steps;  // of this tile; steps (rows of dwords) per segment
   int64_t R;
-  float* C;  // [R][32], added to
+  float* C;                    // [R][32], added to
+  const Stretches* stretches;  // panels of floats: what scales them
 };
 
 // Bytes of the weight that a single row block prefetches ahead. Few rows leave the core waiting for the memory only,
@@ -166,14 +169,7 @@ struct FloatSums {
   F32 s0, s1;
   float* C;
 
-  FloatSums(const TileArgs& t, int64_t s, int64_t h) {
-    const int64_t n = s * kTileN + h * kHalfN;
-    const F32 unit = F32::set1(t.unit);
-    s0 = load_scale(t.scales, t.scale_dtype, n) * unit;
-    s1 = load_scale(t.scales, t.scale_dtype, n + F32::lanes) * unit;
-    C = t.C + h * kHalfN;
-    keep_in_memory();
-  }
+  FloatSums(F32 scale0, F32 scale1, float* sums) : s0(scale0), s1(scale1), C(sums) { keep_in_memory(); }
   void add(int r, F32 c0, F32 c1) const {
     float* y = C + r * kTileN;
     store(y, fma(c0, s0, load(y)));
@@ -188,37 +184,6 @@ inline void multiply_floats(F32& c, I32 w, I32 b) {
     dot_bf16(c, w, b);
   else
     c = fma(as_float(w), as_float(b), c);
-}
-
-// A panel of bf16 pairs or floats.
-template <int R, bool pairs>
-__attribute__((noinline)) void tile_floats(const TileArgs& arguments) {
-  const TileArgs t = arguments;  // local: what the kernel stores cannot change it
-  for (int64_t h = 0; h < kHalves; h++)
-    for (int64_t s = 0; s < t.segments; s++) {
-      F32 c0[R], c1[R];
-      start_floats<R>(t, s, h, c0, c1, 1);
-      const uint8_t *w = t.codes + s * t.steps * 128 + h * 64, *a = t.a + s * t.steps * 4 * R;
-      for (int64_t k = 2; k < t.steps; k++, w += 128, a += 4 * R) {
-        const I32 w0 = load_words(w), w1 = load_words(w + kVectorBytes);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; r++) {
-          const I32 b = broadcast(a + 4 * r);
-          multiply_floats<pairs>(c0[r], w0, b), multiply_floats<pairs>(c1[r], w1, b);
-        }
-      }
-      const FloatSums sums(t, s, h);
-      const I32 w0 = load_words(w), w1 = load_words(w + kVectorBytes);
-      const I32 w2 = load_words(w + 128), w3 = load_words(w + 128 + kVectorBytes);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; r++) {
-        I32 b = broadcast(a + 4 * r);
-        multiply_floats<pairs>(c0[r], w0, b), multiply_floats<pairs>(c1[r], w1, b);
-        b = broadcast(a + 4 * (R + r));
-        multiply_floats<pairs>(c0[r], w2, b), multiply_floats<pairs>(c1[r], w3, b);
-        sums.add(r, c0[r], c1[r]);
-      }
-    }
 }
 
 // The packed codes themselves, decoded in registers: for one row block there is no panel to share. An 8-bit code is two
@@ -282,59 +247,14 @@ __attribute__((noinline)) void tile_codes(const TileArgs& arguments) {
           c0[r * kChains] = c0[r * kChains] + c0[r * kChains + i];
           c1[r * kChains] = c1[r * kChains] + c1[r * kChains + i];
         }
-      const FloatSums sums(t, s, h);
+      const F32 unit = F32::set1(t.unit);
+      const int64_t n = s * kTileN + h * kHalfN;
+      const FloatSums sums(load_scale(t.scales, t.scale_dtype, n) * unit,
+                           load_scale(t.scales, t.scale_dtype, n + F32::lanes) * unit, t.C + h * kHalfN);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) sums.add(r, c0[r * kChains], c1[r * kChains]);
     }
 }
-
-using Tile = void (*)(const TileArgs&);
-struct TileTable {
-  Tile of[13];  // by R; those above kBlockRows are not called
-};
-constexpr int at_most_block(int R) { return R < kBlockRows ? R : kBlockRows; }
-#define LLMRT_TILE(f, R, ...) f<at_most_block(R), __VA_ARGS__>
-#define LLMRT_TILES(f, ...)                                                                                 \
-  {                                                                                                         \
-    {                                                                                                       \
-      nullptr, LLMRT_TILE(f, 1, __VA_ARGS__), LLMRT_TILE(f, 2, __VA_ARGS__), LLMRT_TILE(f, 3, __VA_ARGS__), \
-          LLMRT_TILE(f, 4, __VA_ARGS__), LLMRT_TILE(f, 5, __VA_ARGS__), LLMRT_TILE(f, 6, __VA_ARGS__),      \
-          LLMRT_TILE(f, 7, __VA_ARGS__), LLMRT_TILE(f, 8, __VA_ARGS__), LLMRT_TILE(f, 9, __VA_ARGS__),      \
-          LLMRT_TILE(f, 10, __VA_ARGS__), LLMRT_TILE(f, 11, __VA_ARGS__), LLMRT_TILE(f, 12, __VA_ARGS__)    \
-    }                                                                                                       \
-  }
-// By asymmetry.
-constexpr TileTable kNibbles[2] = {LLMRT_TILES(tile_nibbles, false, false), LLMRT_TILES(tile_nibbles, true, false)};
-constexpr TileTable kDigits = LLMRT_TILES(tile_nibbles, false, true);
-constexpr TileTable kBytes[2] = {LLMRT_TILES(tile_bytes, true, false, true), LLMRT_TILES(tile_bytes, true, true, true)};
-// Panels; for int8 by 8-bit codes and asymmetry.
-constexpr TileTable kBytePanels[2][2] = {
-    {LLMRT_TILES(tile_bytes, false, false, false), LLMRT_TILES(tile_bytes, false, true, false)},
-    {LLMRT_TILES(tile_bytes, true, false, false), LLMRT_TILES(tile_bytes, true, true, false)}};
-constexpr TileTable kFloatPanels = LLMRT_TILES(tile_floats, false);
-// By coding.
-constexpr TileTable kFloats[5] = {LLMRT_TILES(tile_codes, false, Coding::nibbles),
-                                  LLMRT_TILES(tile_codes, false, Coding::bytes), LLMRT_TILES(tile_codes, false, kBook),
-                                  LLMRT_TILES(tile_codes, false, Coding::e4m3),
-                                  LLMRT_TILES(tile_codes, false, Coding::e5m2)};
-#if defined(__AVX512BF16__)
-constexpr TileTable kPairPanels = LLMRT_TILES(tile_floats, true);
-constexpr TileTable kPairs[5] = {LLMRT_TILES(tile_codes, true, Coding::nibbles),
-                                 LLMRT_TILES(tile_codes, true, Coding::bytes), LLMRT_TILES(tile_codes, true, kBook),
-                                 LLMRT_TILES(tile_codes, true, Coding::e4m3),
-                                 LLMRT_TILES(tile_codes, true, Coding::e5m2)};
-constexpr Expand kExpandPairs[5] = {expand_pairs<Coding::nibbles>, expand_pairs<Coding::bytes>, expand_pairs<kBook>,
-                                    expand_pairs<Coding::e4m3>, expand_pairs<Coding::e5m2>};
-#else  // never called: see kBf16Products
-constexpr TileTable kPairPanels = kFloatPanels;
-constexpr TileTable kPairs[5] = {};
-constexpr Expand kExpandPairs[5] = {};
-#endif
-constexpr Expand kExpandFloats[5] = {expand_floats<Coding::nibbles>, expand_floats<Coding::bytes>, expand_floats<kBook>,
-                                     expand_floats<Coding::e4m3>, expand_floats<Coding::e5m2>};
-constexpr Expand kExpandBytes[2] = {expand_bytes<false>, expand_bytes<true>};  // by whether there is a book
-#undef LLMRT_TILES
-#undef LLMRT_TILE
 
 }  // namespace
 }  // namespace llmrt
