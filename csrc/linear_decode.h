@@ -100,29 +100,33 @@ void expand_floats(const PackedWeight& w, const uint8_t* tile, int64_t row0, int
 // bf16 pairs: the halves of a dword hold inputs two apart.
 template <Coding c>
 void expand_pairs(const PackedWeight& w, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel) {
-  constexpr int pairs = 16 / bits_of(c);
+  constexpr int bits = bits_of(c), pairs = 16 / bits, apart = 16 / bits;  // apart: codes of a dword
   const PairTable table(w.book);
   const Float8Pairs<c> float8;
-  const CodeTable none(w.book, 0);
+  const CodeTable values(w.book, 0);
   const I32 constant = I32::set1(w.zero), high = I32::set1((int32_t)0xffff0000);
-  const PairRange range;
   for (int64_t row = row0; row < row1; row++)
     for (int64_t j = 0; j < 64; j += kVectorBytes) {
       const I32 x = load_words(tile + row * 64 + j);
       uint8_t* to = panel + row / 2 * pairs * 128 + row % 2 * 64 + j;
-      const I32 zero = w.asymmetric ? zeros_at(w, tile, row, j) : constant;
-      for_each_index<pairs>([&](auto i) {
-        if (c == Coding::nibbles && w.asymmetric) {
-          store_words(to + i.value * 128, less_zero(shift_right<4 * i.value>(x), zero, range));
-        } else if constexpr (bits_of(c) == 4) {
-          store_words(to + i.value * 128, value_of(shift_right<4 * i.value>(x), table));
-        } else if constexpr (is_float8(c)) {
-          store_words(to + i.value * 128, pair_of<i.value>(x, float8));
-        } else {
-          const F32 first = value_at<c, i.value>(x, none, zero), second = value_at<c, i.value + 2>(x, none, zero);
-          store_words(to + i.value * 128, shift_right<16>(bits_of(first)) | (bits_of(second) & high));
-        }
-      });
+      const auto integers = [&](auto i, I32 zero) __attribute__((always_inline)) {
+        const F32 less = bits == 4 ? to_float(zero) : F32::zero();
+        const F32 first = value_at<c, i.value>(x, values, zero), second = value_at<c, i.value + apart>(x, values, zero);
+        return shift_right<16>(bits_of(first - less)) | (bits_of(second - less) & high);
+      };
+      if (w.asymmetric) {
+        const I32 zero = zeros_at(w, tile, row, j);
+        for_each_index<pairs>([&](auto i) { store_words(to + i.value * 128, integers(i, zero)); });
+      } else {
+        for_each_index<pairs>([&](auto i) {
+          if constexpr (is_float8(c))
+            store_words(to + i.value * 128, pair_of<i.value>(x, float8));
+          else if constexpr (bits == 4)
+            store_words(to + i.value * 128, value_of(shift_right<4 * i.value>(x), table));
+          else
+            store_words(to + i.value * 128, integers(i, constant));
+        });
+      }
     }
 }
 

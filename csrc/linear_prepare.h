@@ -87,16 +87,16 @@ inline void scatter(const void* from, int64_t dwords, void* to, int64_t R) {
   }
 }
 
-// Rows of `dwords` dwords into [dwords][R].
+// Rows of `dwords` dwords, 8 or multiples of 16, into [dwords][R]. Up to 32 bytes behind the last row are read.
 inline void interleave(const uint8_t* rows, int64_t dwords, int64_t R, uint8_t* to) {
-  const auto row = [&](int64_t r) { return (const uint32_t*)rows + r * dwords; };
   uint32_t* t = (uint32_t*)to;
   int64_t r = 0;
   for (; r + 4 <= R; r += 4)
-    for (int64_t i = 0; i < dwords; i += F32::lanes)
-      store_columns(load_words(row(r) + i), load_words(row(r + 1) + i), load_words(row(r + 2) + i),
-                    load_words(row(r + 3) + i), t + i * R + r, R);
-  for (; r < R; r++) scatter(row(r), dwords, t + r, R);
+    for (int64_t i = 0; i < dwords; i += F32::lanes) {
+      const auto row = [&](int64_t n) { return load_words(rows + 4 * ((r + n) * dwords + i)); };
+      store_columns(row(0), row(1), row(2), row(3), dwords, t + i * R + r, R);
+    }
+  for (; r < R; r++) scatter(rows + 4 * r * dwords, dwords, t + r, R);
 }
 
 // One segment of rows m0 .. m0 + R - 1, prepared one after another.

@@ -46,8 +46,8 @@ inline int32_t sum(I32 a) { return _mm512_reduce_add_epi32(a.v); }
 inline int32_t max_of(I32 a) { return _mm512_reduce_max_epi32(a.v); }
 inline I32 load_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 inline void store_saturated(int8_t* p, I32 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a.v)); }
-// Four rows as columns: lane i of a, b, c and d to the four dwords from to + i * stride on.
-inline void store_columns(I32 a, I32 b, I32 c, I32 d, uint32_t* to, int64_t stride) {
+// Four rows as columns: lane i of a, b, c and d to the four dwords from to + i * stride on, for 8 lanes or more.
+inline void store_columns(I32 a, I32 b, I32 c, I32 d, int64_t lanes, uint32_t* to, int64_t stride) {
   const __m512i ab0 = _mm512_unpacklo_epi32(a.v, b.v), ab1 = _mm512_unpackhi_epi32(a.v, b.v);
   const __m512i cd0 = _mm512_unpacklo_epi32(c.v, d.v), cd1 = _mm512_unpackhi_epi32(c.v, d.v);
   const __m512i column[4] = {_mm512_unpacklo_epi64(ab0, cd0), _mm512_unpackhi_epi64(ab0, cd0),
@@ -55,6 +55,7 @@ inline void store_columns(I32 a, I32 b, I32 c, I32 d, uint32_t* to, int64_t stri
   for (int i = 0; i < 4; i++) {
     _mm_storeu_si128((__m128i*)(to + i * stride), _mm512_castsi512_si128(column[i]));
     _mm_storeu_si128((__m128i*)(to + (4 + i) * stride), _mm512_extracti32x4_epi32(column[i], 1));
+    if (lanes == 8) continue;
     _mm_storeu_si128((__m128i*)(to + (8 + i) * stride), _mm512_extracti32x4_epi32(column[i], 2));
     _mm_storeu_si128((__m128i*)(to + (12 + i) * stride), _mm512_extracti32x4_epi32(column[i], 3));
   }
@@ -98,22 +99,6 @@ inline void pair_up(const void* from, void* to) {
   const __m128i order = bits == 4 ? _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
                                   : _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
   store_words(to, {_mm512_shuffle_epi8(load_words(from).v, _mm512_broadcast_i32x4(order))});
-}
-
-// The integers -16 to 15 in bf16.
-struct PairRange {
-  __m512i values;
-  PairRange() {
-    const F32 low = {_mm512_setr_ps(-16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1)};
-    values = _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(low)), to_bf16(low + F32::set1(16)), 1);
-  }
-};
-// Two 4-bit codes per lane, in bits 0 to 3 and 16 to 19, less the lane's zero point of up to 15.
-inline I32 less_zero(I32 codes, I32 zero, const PairRange& range) {
-  const I32 both = shift_left<16>(zero) | zero;
-  const __m512i code = _mm512_and_si512(codes.v, _mm512_set1_epi32(0x000f000f));
-  const __m512i at = _mm512_sub_epi16(_mm512_add_epi16(code, _mm512_set1_epi16(16)), both.v);
-  return {_mm512_permutexvar_epi16(at, range.values)};
 }
 
 // Two floats of 8 bits per lane, bytes i and i + 2, in bf16 over `unit`. Exponent and mantissa move to their places,
@@ -221,7 +206,7 @@ inline void store_saturated(int8_t* p, I32 a) {
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(x, x));
 }
 // Four rows as columns: lane i of a, b, c and d to the four dwords from to + i * stride on.
-inline void store_columns(I32 a, I32 b, I32 c, I32 d, uint32_t* to, int64_t stride) {
+inline void store_columns(I32 a, I32 b, I32 c, I32 d, int64_t, uint32_t* to, int64_t stride) {
   const __m256i ab0 = _mm256_unpacklo_epi32(a.v, b.v), ab1 = _mm256_unpackhi_epi32(a.v, b.v);
   const __m256i cd0 = _mm256_unpacklo_epi32(c.v, d.v), cd1 = _mm256_unpackhi_epi32(c.v, d.v);
   const __m256i column[4] = {_mm256_unpacklo_epi64(ab0, cd0), _mm256_unpackhi_epi64(ab0, cd0),
@@ -300,8 +285,6 @@ struct PairTable {
 inline I32 value_of(I32 codes, const PairTable&) { return codes; }
 template <int bits>
 inline void pair_up(const void*, void*) {}
-struct PairRange {};
-inline I32 less_zero(I32 codes, I32, const PairRange&) { return codes; }
 template <Coding>
 struct Float8Pairs {
   static constexpr float unit = 1.f;

@@ -107,6 +107,33 @@ def test_every_number_of_rows(row: Format, compute: str, isa: str) -> None:
         torch.testing.assert_close(ops.quant_linear(x[:m], *arguments).double(), expected[:m], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("compute", ["int8", "bf16"])
+def test_more_activations_than_a_cache_holds(compute: str, isa: str) -> None:
+    """Several chunks of rows, spans of inputs and groups of outputs, the last of each with a rest."""
+    layout, k, n = Layout("int4", True, 128, torch.bfloat16), 4300, 300
+    weight, x = packed(n, k, layout), torch.randn(290, k).bfloat16()
+    expected = ops.OPERATORS["quant_linear"].reference(x.double(), weight, None, None, str(layout), n, compute)
+    actual = ops.quant_linear(x, weight, None, None, str(layout), n, compute)
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "fp8_e4m3"])
+def test_scales_of_every_size_side_by_side(name: str, isa: str) -> None:
+    """Sums of one group go on in the next one's unit only where that loses nothing."""
+    layout, k = Layout(name, False, 32, torch.float32), 640
+    codes, scales, zeros = ops.quantize(torch.randn(40, k), layout)
+    scales = scales * 10.0 ** torch.randint(-25, 15, scales.shape)
+    scales[torch.rand(scales.shape) < 0.2] = 0.0
+    scales[3] = 1.0  # the same for all groups, and
+    scales[4] = 2.0 ** torch.arange(20)  # never the same
+    weight, x = ops.pack_weight(codes, scales, zeros, str(layout), k), torch.randn(30, k).bfloat16()
+    dense = dequantize(codes, scales.double(), zeros, layout, k)
+    most = x.double().abs() @ dense.abs().T
+    for compute in ("bf16", "fp32"):
+        actual = ops.quant_linear(x.float(), weight, None, None, str(layout), 40, compute)
+        assert ((actual.double() - x.double() @ dense.T).abs() <= 2e-6 * most).all()
+
+
 @product
 @pytest.mark.parametrize("scale", ["f32", "bf16", "e8m0"])
 def test_every_code_is_exact(row: Format, compute: str, scale: str, isa: str) -> None:
