@@ -90,7 +90,9 @@ struct Method {
   int64_t depth = 1;   // tiles of a panel
 };
 
-inline Method method_of(const MultiplyArgs& a, bool one_block) {
+inline Method method_of(const MultiplyArgs& a, int64_t rows) {
+  const int64_t row_blocks = (rows + a.activations.block - 1) / a.activations.block;
+  const bool one_block = row_blocks == 1;
   const PackedWeight& w = a.weight;
   const bool wide = w.bits == 8, book = w.coding == Coding::book;
   const int coding = (int)w.coding;
@@ -100,8 +102,11 @@ inline Method method_of(const MultiplyArgs& a, bool one_block) {
     return {kBytePanels[wide || book][w.asymmetric].of, wide ? nullptr : kExpandBytes[book], !wide, 4, wide ? 1 : 2};
   }
   if (a.compute == Compute::bf16) {
-    if (one_block) return {kPairs[coding].of, nullptr, false, 2, 0};
-    return {kPairPanels.of, kExpandPairs[coding], true, 2, 2, kDepth};
+    // Without a panel, codes of bytes are two products each.
+    const bool twice = w.coding == Coding::bytes && rows >= 8;
+    if (one_block && !twice) return {kPairs[coding].of, nullptr, false, 2, 0};
+    // A panel that few row blocks read shall not leave the L1 in between.
+    return {kPairPanels.of, kExpandPairs[coding], true, 2, 2, row_blocks < kDeepBlocks ? 1 : kDepth};
   }
   if (one_block) return {kFloats[coding].of, nullptr, false, 1, 0};
   return {kFloatPanels.of, kExpandFloats[coding], false, 1, 1};  // two panels of floats would not fit a 32 KB L1
@@ -112,7 +117,8 @@ constexpr int64_t kPanelBytes = kBf16Products ? 2 * kDepth * kPairPanelBytes : k
 
 // A number of tiles of one block of outputs.
 struct Panel {
-  int64_t block, k, count;  // k: its first tile in the block
+  int64_t block, column, k, count;  // column: in the group of blocks; k: its first tile in the block
+  const uint8_t* tile;              // null after the last panel
 };
 
 // The order of panels: of a group of blocks, all panels of one span of inputs after the other, so that the activations
@@ -120,15 +126,25 @@ struct Panel {
 class Order {
  public:
   Order(const MultiplyArgs& a, int64_t depth, int64_t block0, int64_t block1)
-      : tiles_(a.weight.tiles), span_(a.span), group_(a.group), depth_(depth), end_(block1), first_(block0) {
+      : w_(a.weight),
+        tiles_(a.weight.tiles),
+        span_(a.span),
+        group_(a.group),
+        depth_(depth),
+        end_(block1),
+        first_(block0) {
     start(0);
   }
-  bool done() const { return first_ >= end_; }
-  Panel panel() const {
+  Panel next() {
+    if (first_ >= end_) return {};
     const int64_t end = begin_ + span_ < tiles_ ? begin_ + span_ : tiles_;
-    return {block_, k_, end - k_ < depth_ ? end - k_ : depth_};
+    const uint8_t* tile = w_.data + (block_ * tiles_ + k_) * w_.tile_bytes;
+    const Panel panel{block_, block_ - first_, k_, end - k_ < depth_ ? end - k_ : depth_, tile};
+    advance();
+    return panel;
   }
-  int64_t column() const { return block_ - first_; }  // of the block in its group
+
+ private:
   void advance() {
     k_ += depth_;
     if (k_ < tiles_ && k_ < begin_ + span_) return;
@@ -138,12 +154,11 @@ class Order {
     first_ += group_;
     start(0);
   }
-
- private:
   void start(int64_t begin) {
     last_ = first_ + group_ < end_ ? first_ + group_ : end_;
     begin_ = k_ = begin, block_ = first_;
   }
+  const PackedWeight& w_;
   int64_t tiles_, span_, group_, depth_, end_;
   int64_t first_, last_, begin_, block_, k_;  // blocks of the group; the span's first tile
 };
@@ -156,51 +171,62 @@ struct Sweep {
   uint8_t* panels;
   float* C;  // [group][row1 - row0][32]
 
-  const uint8_t* tile_of(const Panel& panel) const {
-    return a.weight.data + (panel.block * a.weight.tiles + panel.k) * a.weight.tile_bytes;
-  }
+  int64_t code_rows = a.weight.code_bytes / 64;            // of a tile
+  int64_t tile_row_bytes = kTileK * 4 / method.per_dword;  // of prepared activations
 
   // Decodes rows of codes of a panel, counted through its tiles.
   void expand(const Panel& panel, int64_t begin, int64_t end, uint8_t* to) const {
-    const int64_t rows = a.weight.code_bytes / 64, bytes = kTileK * kTileN * 4 / method.per_dword;
-    const uint8_t* tile = tile_of(panel);
-    if (end > panel.count * rows) end = panel.count * rows;
-    for (int64_t i = begin / rows; i * rows < end; i++) {
-      const int64_t first = begin > i * rows ? begin - i * rows : 0,
-                    last = end < (i + 1) * rows ? end - i * rows : rows;
-      method.expand(a.weight, tile + i * a.weight.tile_bytes, first, last, to + i * bytes);
+    const uint8_t* tile = panel.tile;
+    if (end > panel.count * code_rows) end = panel.count * code_rows;
+    for (; begin<end; begin = begin> code_rows ? begin - code_rows : 0, end -= code_rows) {
+      if (begin < code_rows) method.expand(a.weight, tile, begin, end < code_rows ? end : code_rows, to);
+      tile += a.weight.tile_bytes, to += tile_row_bytes * kTileN;
     }
   }
 
-  // Makes part b of `blocks` of the panels to come ready.
-  void look_ahead(const Order& next, const Order& far, uint8_t* to, int64_t b, int64_t blocks) const {
-    const int64_t codes = method.depth * (a.weight.code_bytes / 64);
-    if (method.ahead && !next.done()) expand(next.panel(), b * codes / blocks, (b + 1) * codes / blocks, to);
-    if (far.done()) return;
-    const uint8_t* tile = tile_of(far.panel());
-    const int64_t lines = far.panel().count * a.weight.tile_bytes / 64;
-    for (int64_t j = b * lines / blocks; j < (b + 1) * lines / blocks; j++) __builtin_prefetch(tile + j * 64, 0, 2);
+  // What each row block does for the panels to come: rows of codes of the next one to decode, lines of a later one to
+  // prefetch.
+  struct Ahead {
+    Panel next;
+    uint8_t* to;
+    int64_t rows;
+    const uint8_t* far;
+    int64_t lines, end;  // of all row blocks together
+  };
+  Ahead ahead_of(const Panel& next, const Panel& far, uint8_t* to, int64_t blocks) const {
+    Ahead ahead{next, to, 0, far.tile, 0, 0};
+    if (method.ahead && next.tile) ahead.rows = (next.count * code_rows + blocks - 1) / blocks;
+    if (method.prefetched && far.tile) {
+      ahead.end = far.count * a.weight.tile_bytes / 64;
+      ahead.lines = (ahead.end + blocks - 1) / blocks;
+    }
+    return ahead;
+  }
+  void look_ahead(const Ahead& ahead, int64_t b) const {
+    if (ahead.rows) expand(ahead.next, b * ahead.rows, (b + 1) * ahead.rows, ahead.to);
+    const int64_t end = (b + 1) * ahead.lines < ahead.end ? (b + 1) * ahead.lines : ahead.end;
+    for (int64_t j = b * ahead.lines; j < end; j++) __builtin_prefetch(ahead.far + j * 64, 0, 2);
   }
 
-  void run(const Order& now, const Order& next, const Order& far, bool odd, TileArgs t) const {
+  void run(const Panel& panel, const Panel& next, const Panel& far, bool odd, TileArgs t) const {
     const PackedWeight& w = a.weight;
     const int64_t block = a.activations.block, blocks = (row1 - row0 + block - 1) / block;
-    const int64_t row_bytes = w.tiles * kTileK * 4 / method.per_dword;
-    const Panel panel = now.panel();
-    const uint8_t* tile = tile_of(panel);
+    const int64_t row_bytes = w.tiles * tile_row_bytes;
+    const uint8_t* tile = panel.tile;
     uint8_t* const here = panels + (method.ahead && odd ? kPanelBytes / 2 : 0);
     uint8_t* const there = panels + (odd ? 0 : kPanelBytes / 2);
-    if (method.expand && !method.ahead) expand(panel, 0, panel.count * (w.code_bytes / 64), here);
+    if (method.expand && !method.ahead) expand(panel, 0, panel.count * code_rows, here);
     t.codes = method.expand ? here : tile, t.scales = scales_of(w, tile), t.zeros = zeros_of(w, tile);
     const bool floats = method.expand && a.compute != Compute::int8;
     const Stretches stretches(w, tile, floats ? panel.count : 0, t.steps, t.unit);
     t.stretches = &stretches;
     const bool last = panel.k + panel.count == w.tiles;
-    float* const sums = C + now.column() * (row1 - row0) * kTileN;
+    const Ahead ahead = ahead_of(next, far, there, blocks);
+    float* const sums = C + panel.column * (row1 - row0) * kTileN;
     for (int64_t b = 0, m = row0; b < blocks; b++, m += block) {
       const int64_t R = row1 - m < block ? row1 - m : block;
-      if (method.prefetched) look_ahead(next, far, there, b, blocks);
-      t.a = a.activations.codes + m * row_bytes + panel.k * kTileK * 4 / method.per_dword * R;
+      look_ahead(ahead, b);
+      t.a = a.activations.codes + m * row_bytes + panel.k * tile_row_bytes * R;
       const int64_t at = (m * w.tiles + panel.k * R) * t.segments;
       t.a_scales = a.activations.scales + at, t.a_sums = a.activations.sums + at;
       t.C = sums + (m - row0) * kTileN;
@@ -213,25 +239,52 @@ struct Sweep {
   }
 };
 
-void multiply_by(const Method& method, const MultiplyArgs& a, int64_t row0, int64_t row1, int64_t block0,
-                 int64_t block1, void* scratch) {
+// What tiles need to know of a whole product.
+inline TileArgs tile_args(const Method& method, const MultiplyArgs& a) {
   const PackedWeight& w = a.weight;
-  uint8_t* panels = (uint8_t*)scratch;
-  const Sweep sweep{a, row0, row1, method, panels, (float*)(panels + kPanelBytes)};
-  TileArgs t;
+  TileArgs t{};
   t.scale_dtype = w.scale, t.asymmetric = w.asymmetric, t.zero = constant_zero(w);
   t.book = w.book, t.digits = w.digits;
   t.unit = a.compute != Compute::bf16 ? 1.f : unit_of_pairs(w.coding);
   t.segments = kTileK / w.segment, t.steps = w.segment / method.per_dword;
-  Order now(a, method.depth, block0, block1), next = now, far = now;
-  next.advance();
-  for (int64_t i = 0; i < method.prefetched && !far.done(); i++) far.advance();
-  if (method.ahead) sweep.expand(now.panel(), 0, now.panel().count * (w.code_bytes / 64), panels);
-  for (bool odd = false; !now.done(); odd = !odd) {
-    sweep.run(now, next, far, odd, t);
-    now = next;
-    next.advance();
-    if (!far.done()) far.advance();
+  return t;
+}
+
+void multiply_by(const Method& method, const MultiplyArgs& a, int64_t row0, int64_t row1, int64_t block0,
+                 int64_t block1, void* scratch) {
+  uint8_t* panels = (uint8_t*)scratch;
+  const Sweep sweep{a, row0, row1, method, panels, (float*)(panels + kPanelBytes)};
+  const TileArgs t = tile_args(method, a);
+  Order order(a, method.depth, block0, block1);
+  Panel now = order.next(), next = order.next(), later = order.next();
+  if (method.ahead) sweep.expand(now, 0, now.count * sweep.code_rows, panels);
+  for (bool odd = false; now.tile; odd = !odd) {
+    sweep.run(now, next, method.prefetched > 1 ? later : next, odd, t);
+    now = next, next = later, later = order.next();
+  }
+}
+
+// One row block, whose tiles read the weight itself.
+void multiply_block(const Method& method, const MultiplyArgs& a, int64_t row0, int64_t R, int64_t block0,
+                    int64_t block1) {
+  const PackedWeight& w = a.weight;
+  const int64_t tile_row_bytes = kTileK * 4 / method.per_dword;
+  alignas(64) float C[kBlockRows * kTileN];
+  TileArgs t = tile_args(method, a);
+  t.R = R, t.C = C, t.codes = w.data + block0 * w.tiles * w.tile_bytes;
+  for (int64_t n = block0; n < block1; n++) {
+    const int64_t at = row0 * w.tiles * t.segments;
+    t.a = a.activations.codes + row0 * w.tiles * tile_row_bytes;
+    t.a_scales = a.activations.scales + at, t.a_sums = a.activations.sums + at;
+    memset(C, 0, R * kTileN * sizeof(float));
+    prefetch_output(a, row0, R, n);
+    for (int64_t k = 0; k < w.tiles; k++) {
+      t.scales = scales_of(w, t.codes), t.zeros = zeros_of(w, t.codes);
+      method.tiles[R](t);
+      t.codes += w.tile_bytes, t.a += tile_row_bytes * R;
+      t.a_scales += R * t.segments, t.a_sums += R * t.segments;
+    }
+    kFinish[(int)a.dtype](a, row0, R, n, C);
   }
 }
 
@@ -252,7 +305,10 @@ void multiply_row(const MultiplyArgs& a, int64_t m, int64_t block0, int64_t bloc
 
 void multiply(const MultiplyArgs& a, int64_t row0, int64_t row1, int64_t block0, int64_t block1, void* scratch) {
   if (a.compute == Compute::int8 && row1 - row0 == 1) return multiply_row(a, row0, block0, block1);
-  multiply_by(method_of(a, row1 - row0 <= a.activations.block), a, row0, row1, block0, block1, scratch);
+  const Method method = method_of(a, row1 - row0);
+  if (row1 - row0 <= a.activations.block && !method.expand)
+    return multiply_block(method, a, row0, row1 - row0, block0, block1);
+  multiply_by(method, a, row0, row1, block0, block1, scratch);
 }
 
 int64_t block_rows(Compute, int64_t) { return kBlockRows; }

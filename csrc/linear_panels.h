@@ -8,7 +8,8 @@
 namespace llmrt {
 namespace {
 
-constexpr int64_t kDepth = 4;  // most tiles of a panel
+constexpr int64_t kDepth = 4;       // most tiles of a panel
+constexpr int64_t kDeepBlocks = 6;  // row blocks from which on a panel has so many
 
 // Steps of a panel between which scales do not change.
 struct Stretches {
