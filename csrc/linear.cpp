@@ -12,12 +12,11 @@
 namespace llmrt {
 namespace {
 
-// A thread decodes a part of the weight for a chunk of rows: many, but their sums, 128 bytes a row, shall stay in an L1
-// where they are added to for every segment (int8 products), in an L2 where only for every panel.
-constexpr int64_t chunk_rows(Compute compute) { return compute == Compute::bf16 ? 264 : 144; }
-// A chunk's prepared activations pass by for each block of outputs. Up to so many bytes do it well from an L2 and what
-// it borrows of an L3; of more, spans of so many stay in the L2 for a group of blocks with their sums.
-constexpr int64_t kWholeBytes = 1088 << 10, kSpanBytes = 600 << 10, kGroup = 8;
+// A thread decodes each part of the weight once per chunk of rows. Their prepared activations pass by for every block
+// of 32 outputs, at 2 bytes per clock, from an L3; their sums, 128 bytes a row, stay in an L2. Smaller chunks, for an
+// L2 or an L1, were slower throughout. A single chunk is one for all threads, of several each thread has its own in the
+// L3.
+constexpr int64_t kChunkRows = 528, kChunkBytes = 4608 << 10;
 // Activations so small that each thread prepares them for itself, without a barrier.
 constexpr int64_t kAloneBytes = 32 << 10;
 
@@ -78,12 +77,11 @@ void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
   // Row blocks of about equal size, chunks of row blocks of about equal number.
   const int64_t most = kernels.block_rows(a.compute, M), row_blocks = (M + most - 1) / most;
   const int64_t rows = (M + row_blocks - 1) / row_blocks;
-  const int64_t fitting = chunk_rows(a.compute) / rows, tiles = a.weight.tiles;
+  const int64_t most_rows = M <= kChunkRows ? M : std::min(kChunkRows, kChunkBytes / sizes.row_bytes);
+  const int64_t fitting = std::max(int64_t{4}, (most_rows + rows - 1) / rows);
   const int64_t chunks = (row_blocks + fitting - 1) / fitting;
   const Grid grid{M, (row_blocks + chunks - 1) / chunks * rows, a.weight.blocks};
-  const int64_t chunk_bytes = grid.chunk * sizes.row_bytes, spans = (chunk_bytes + kSpanBytes - 1) / kSpanBytes;
-  if (chunk_bytes > kWholeBytes) a.span = ((tiles + spans - 1) / spans + 3) / 4 * 4, a.group = kGroup;
-  const int64_t scratch_bytes = kernels.panel_bytes + grid.chunk * 128 * a.group;
+  const int64_t scratch_bytes = kernels.panel_bytes + grid.chunk * 128;
   static thread_local Scratch activations, scratch;
   const bool alone = sizes.bytes(M) <= kAloneBytes;
   if (!alone) {
@@ -102,7 +100,7 @@ void run(PrepareArgs prepare, MultiplyArgs a, int64_t M, const Sizes& sizes) {
   // One row block is bound by memory: long ranges, and pieces that a thread which got less of the memory leaves to the
   // other. Many are bound by arithmetic: small pieces balance.
   parallel_pieces(
-      grid.tasks(), row_blocks == 1 || a.group > 1 ? 8 : 32, prepared,
+      grid.tasks(), row_blocks == 1 ? 8 : 32, prepared,
       [&](const MultiplyArgs& mine, int64_t t0, int64_t t1) { grid.run(mine, t0, t1, scratch.get(scratch_bytes)); });
 }
 

@@ -58,13 +58,12 @@ struct MultiplyArgs {
   void* out;          // [M, width], contiguous
   DType dtype;
   int64_t N, width;
-  int64_t span = INT64_MAX / 2, group = 1;  // inputs are swept by spans of so many tiles for so many blocks of outputs
 };
 
 struct LinearKernels {
   int64_t (*block_rows)(Compute, int64_t M);  // the most that a row block can have
   bool bf16_products;
-  int64_t panel_bytes;  // scratch of one thread besides 128 bytes per row of its chunk and block of a group
+  int64_t panel_bytes;  // scratch of one thread besides 128 bytes per row of its chunk
   void (*prepare)(const PrepareArgs&, const PackedWeight&, int64_t block0, int64_t block1);
   // Rows row0..row1 (row0 at the start of a row block) x blocks block0..block1 of 32 outputs.
   void (*multiply)(const MultiplyArgs&, int64_t row0, int64_t row1, int64_t block0, int64_t block1, void* scratch);

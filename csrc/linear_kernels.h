@@ -117,50 +117,27 @@ constexpr int64_t kPanelBytes = kBf16Products ? 2 * kDepth * kPairPanelBytes : k
 
 // A number of tiles of one block of outputs.
 struct Panel {
-  int64_t block, column, k, count;  // column: in the group of blocks; k: its first tile in the block
-  const uint8_t* tile;              // null after the last panel
+  int64_t block, k, count;  // k: its first tile in the block
+  const uint8_t* tile;      // null after the last panel
 };
 
-// The order of panels: of a group of blocks, all panels of one span of inputs after the other, so that the activations
-// of a span come from an L2 for every block but the first.
-class Order {
+// All panels of blocks block0 .. block1 - 1, one after another.
+class Panels {
  public:
-  Order(const MultiplyArgs& a, int64_t depth, int64_t block0, int64_t block1)
-      : w_(a.weight),
-        tiles_(a.weight.tiles),
-        span_(a.span),
-        group_(a.group),
-        depth_(depth),
-        end_(block1),
-        first_(block0) {
-    start(0);
-  }
+  Panels(const PackedWeight& w, int64_t depth, int64_t block0, int64_t block1)
+      : w_(w), depth_(depth), end_(block1), block_(block0) {}
   Panel next() {
-    if (first_ >= end_) return {};
-    const int64_t end = begin_ + span_ < tiles_ ? begin_ + span_ : tiles_;
-    const uint8_t* tile = w_.data + (block_ * tiles_ + k_) * w_.tile_bytes;
-    const Panel panel{block_, block_ - first_, k_, end - k_ < depth_ ? end - k_ : depth_, tile};
-    advance();
+    if (block_ == end_) return {};
+    const int64_t left = w_.tiles - k_;
+    const Panel panel{block_, k_, left < depth_ ? left : depth_, w_.data + (block_ * w_.tiles + k_) * w_.tile_bytes};
+    k_ += panel.count;
+    if (k_ == w_.tiles) k_ = 0, block_++;
     return panel;
   }
 
  private:
-  void advance() {
-    k_ += depth_;
-    if (k_ < tiles_ && k_ < begin_ + span_) return;
-    k_ = begin_;
-    if (++block_ < last_) return;
-    if (begin_ + span_ < tiles_) return start(begin_ + span_);
-    first_ += group_;
-    start(0);
-  }
-  void start(int64_t begin) {
-    last_ = first_ + group_ < end_ ? first_ + group_ : end_;
-    begin_ = k_ = begin, block_ = first_;
-  }
   const PackedWeight& w_;
-  int64_t tiles_, span_, group_, depth_, end_;
-  int64_t first_, last_, begin_, block_, k_;  // blocks of the group; the span's first tile
+  int64_t depth_, end_, block_, k_ = 0;
 };
 
 // Rows row0 .. row1 - 1 times panels.
@@ -169,7 +146,7 @@ struct Sweep {
   int64_t row0, row1;
   Method method;
   uint8_t* panels;
-  float* C;  // [group][row1 - row0][32]
+  float* C;  // [row1 - row0][32]
 
   int64_t code_rows = a.weight.code_bytes / 64;            // of a tile
   int64_t tile_row_bytes = kTileK * 4 / method.per_dword;  // of prepared activations
@@ -222,14 +199,13 @@ struct Sweep {
     t.stretches = &stretches;
     const bool last = panel.k + panel.count == w.tiles;
     const Ahead ahead = ahead_of(next, far, there, blocks);
-    float* const sums = C + panel.column * (row1 - row0) * kTileN;
     for (int64_t b = 0, m = row0; b < blocks; b++, m += block) {
       const int64_t R = row1 - m < block ? row1 - m : block;
       look_ahead(ahead, b);
       t.a = a.activations.codes + m * row_bytes + panel.k * tile_row_bytes * R;
       const int64_t at = (m * w.tiles + panel.k * R) * t.segments;
       t.a_scales = a.activations.scales + at, t.a_sums = a.activations.sums + at;
-      t.C = sums + (m - row0) * kTileN;
+      t.C = C + (m - row0) * kTileN;
       if (panel.k == 0) memset(t.C, 0, R * kTileN * sizeof(float));
       if (last) prefetch_output(a, m, R, panel.block);
       t.R = R;
@@ -255,12 +231,12 @@ void multiply_by(const Method& method, const MultiplyArgs& a, int64_t row0, int6
   uint8_t* panels = (uint8_t*)scratch;
   const Sweep sweep{a, row0, row1, method, panels, (float*)(panels + kPanelBytes)};
   const TileArgs t = tile_args(method, a);
-  Order order(a, method.depth, block0, block1);
-  Panel now = order.next(), next = order.next(), later = order.next();
+  Panels all(a.weight, method.depth, block0, block1);
+  Panel now = all.next(), next = all.next(), later = all.next();
   if (method.ahead) sweep.expand(now, 0, now.count * sweep.code_rows, panels);
   for (bool odd = false; now.tile; odd = !odd) {
     sweep.run(now, next, method.prefetched > 1 ? later : next, odd, t);
-    now = next, next = later, later = order.next();
+    now = next, next = later, later = all.next();
   }
 }
 
