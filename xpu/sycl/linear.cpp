@@ -3,15 +3,13 @@
 // contiguous bytes; the sub-groups of a work-group share the tiles of their block. The rows of a work-group share every
 // reading of the weight.
 //
-// Registers bound the rows. A lane has 64 numbers of 32 bits on Arc, of which 8 rows take 16 for their totals and the 8
-// words of a step as many as it has; a row can have little else. So a step's inputs are in local memory, from where its
-// 16 lanes take them to give them to each other: a broadcast from a lane known at compile time is a region of a
-// register.
-// - INT8: inputs are rounded to 8 bits per segment once for a tile, and multiplied 4 at a time (dp4a), so that a row
-// has
-//   half a number per step. The integers of a step are summed and scaled at once.
-// - otherwise a weight is scaled before it is multiplied, so that there are no sums but the totals.
-// What can be equal for all lanes is made so: addresses and flags then take one number of a register instead of 16.
+// Registers bound the number of rows. On Arc a lane has 64 numbers of 32 bits: the totals of 8 rows take 16, the words
+// of a step 8, addresses and what is computed the rest. So inputs are in local memory, and a step has them spread over
+// the lanes, a number for 16 of them, and takes each by broadcast from a lane known at compile time: that is a region
+// of a register and costs nothing. With INT8 inputs are rounded to 8 bits per segment, once for a tile, and a number
+// has 4 of them, which are multiplied by 4 codes at once (dp4a); the integers of a step are summed, and scaled right
+// away. Without it a weight is scaled before it is multiplied, so that there are no sums but the totals. What is equal
+// for all lanes is made known to be: its addresses and conditions then take a 16th.
 //
 // CODING: what codes are (csrc/coding.h). INT8: whether products are of integers. ROWS: most rows of a work-group.
 #include "element.hpp"
@@ -32,18 +30,23 @@ constexpr float kUnit = INT8 && CODING == nibbles ? 1.f / 16 : CODING == e4m3 ? 
 
 struct Shape {
   int rows, outputs, inputs, x_stride, tiles, tile_bytes, group,
-      padded_group;            // sizes below 2^31, offsets made of them are not
-  int segment_bits, zeros_at;  // a segment is 2^segment_bits inputs; zeros_at: of a tile's bytes
+      padded_group;  // sizes below 2^31, offsets made of them are not
+  int segment_bits;  // a segment is 2^segment_bits inputs
+  int zeros_at;      // of a tile's bytes
   int scale_kind, x_kind;
-  bool asymmetric, round_to_bf16, whole_words;  // whole_words: two inputs of 16 bits are at a multiple of 4 bytes
-  float unit;                                   // of the look-up's values
+  bool asymmetric, round_to_bf16;
+  bool whole_words;  // inputs of 16 bits: even ones of a row are at multiples of 4 bytes
+  float unit;        // of the look-up's values
 };
 
-// Inputs of a sub-group.
+// Numbers of a lane that the inputs of M rows and a step are.
+template <int M>
+constexpr int kNumbers = (kWords * M + kLanes - 1) / kLanes;
+
 template <int M>
 struct Inputs {
-  uint32_t x[kSteps][(M * kWords + kLanes - 1) / kLanes * kLanes];  // [kWords][M]
-  float scale[4][M], sum[4][M];                                     // INT8: of a segment
+  uint32_t x[kSteps][kNumbers<M> * kLanes];  // [kWords][M]
+  float scale[4][M], sum[4][M];              // INT8, of a segment: the unit; the sum, if the layout is asymmetric
 };
 
 // Inputs of the sub-groups of a work-group, and later what they have summed. (sycl::group_local_memory would do, but
@@ -56,13 +59,12 @@ union Local {
 template <int M>
 syclex::work_group_static<Local<M>> local_of;
 
-// The first of a lane's inputs, and the end of those that there are in its group.
+// The first of a lane's inputs, and the end of its group's.
 struct Place {
   int k, end;
 };
 
-// Of the position `first + offset` of the padded row: first is equal for all lanes, a division of it takes few
-// registers.
+// Of position first + offset of the padded row: first is equal for all lanes, and so its division takes few registers.
 inline Place place_of(int first, int offset, const Shape& s) {
   if (s.padded_group == s.group) return {first + offset, s.inputs};
   int group = first / s.padded_group, within = first - group * s.padded_group + offset;
@@ -168,7 +170,8 @@ inline float scale_of(const uint8_t* scales, int kind, int i) {
   return load_kind(scales, kind, i);
 }
 
-// Of a lane's two outputs: a value is code * scale + shift; INT8: code less its middle, times 1 / kUnit.
+// Of a lane's two outputs: a weight is code * scale + shift, the code being what `decode` returns. With INT8 it is what
+// `integers` returns, and the shift is that of an asymmetric layout alone.
 struct Segment {
   float scale[2], shift[2];
 };
@@ -188,9 +191,10 @@ inline Segment read_segment(const uint8_t* tile, int segment, const Shape& s, in
 }
 
 using Bytes = int8_t __attribute__((ext_vector_type(4)));
-using Integers = int __attribute__((ext_vector_type(4)));
 
-// c + a . b of 4 signed bytes each: the form that Intel's compiler makes one instruction (dp4a) of.
+// c + a . b of 4 signed bytes each. Intel's compiler makes one instruction (dp4a) of this form; shifts instead of a
+// vector's elements would have it gather the bytes again, and arithmetic of whole vectors takes the CPU device twice as
+// long to compile.
 inline int dot(uint32_t a, uint32_t b, int c) {
   const Bytes x = sycl::bit_cast<Bytes>(a), y = sycl::bit_cast<Bytes>(b);
 #pragma unroll
@@ -206,7 +210,8 @@ inline uint32_t integers(uint32_t word, int part, float entry, sycl::sub_group s
   } else if constexpr (CODING == bytes) {
     return word ^ 0x80808080u;
   } else {
-    const uint32_t value = static_cast<int>(entry) + 128;  // the compiler must not know that this is a byte: see below
+    // A byte, but not known as one to the compiler, which would keep four of them in registers of their own.
+    const uint32_t value = static_cast<int>(entry) + 128;
     uint32_t out = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) out |= sycl::select_from_group(sg, value, word >> (8 * i + 4 * part) & 15) << 8 * i;
@@ -230,15 +235,15 @@ inline float decode(uint32_t word, int i, int part, float entry, sycl::sub_group
 template <int M>
 using Totals = float[M][2];
 
-// Adds the products of a step. `given` is what `Inputs` has of it, factor: INT8: the scale of row = lane.
+// Adds the products of a step. given: its inputs, [kWords][M]; factor: with INT8 the unit of the inputs of row = lane.
 template <int M>
 inline void multiply(Totals<M>& total, const sycl::vec<uint32_t, 8>& words, const uint32_t* given, const Segment& now,
                      float factor, float entry, sycl::sub_group sg) {
-  constexpr int kNumbers = (M * kWords + kLanes - 1) / kLanes, kParts = 8 / kBits;
+  constexpr int kParts = 8 / kBits;
   const int lane = sg.get_local_linear_id();
-  uint32_t x[kNumbers];
+  uint32_t x[kNumbers<M>];
 #pragma unroll
-  for (int i = 0; i < kNumbers; i++) x[i] = given[i * kLanes + lane];
+  for (int i = 0; i < kNumbers<M>; i++) x[i] = given[i * kLanes + lane];
   const auto input = [&](int m, int i) __attribute__((always_inline)) {
     const int at = i * M + m;
     return sycl::group_broadcast(sg, x[at / kLanes], at % kLanes);
@@ -323,8 +328,7 @@ inline void run(const void* x, const uint8_t* weight, const void* bias, const vo
                 void* out, const Shape& s, int epilogue, int bias_kind) {
   const auto it = item();
   const auto sg = it.get_sub_group();
-  const int part =
-      sycl::group_broadcast(sg, static_cast<int>(it.get_local_id(1)), 0);  // equal for all, and known to be
+  const int part = sycl::group_broadcast(sg, static_cast<int>(it.get_local_id(1)), 0);  // now known to be equal for all
   const int parts = it.get_local_range(1), lane = sg.get_local_linear_id();
   const int block = it.get_group(0), m0 = it.get_group(2) * M;  // groups of one block run side by side
   const int rows = sycl::min(M, s.rows - m0);
@@ -380,7 +384,7 @@ inline void run(const void* x, const uint8_t* weight, const void* bias, const vo
 
 }  // namespace linear
 
-// ROWS rows for a work-group, or one.
+// One row has a kernel of its own, without the registers and the local memory of many.
 #define ARGUMENTS                                                                                                      \
   const void *x, const uint8_t *weight, const void *bias, const void *other, const float *values, void *out,           \
       int64_t rows, int64_t outputs, int64_t inputs, int64_t x_stride, int64_t tiles, int64_t tile_bytes,              \

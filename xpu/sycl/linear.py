@@ -27,7 +27,7 @@ def coding(row: Format) -> int:
 
 
 def rows_at_once(int8: bool) -> int:
-    """Return how many rows share a reading of the weight, at most: what the registers of Arc hold (`llmrt xpu table`)."""
+    """Return how many rows share a reading of the weight, at most: as many as Arc has registers for (`llmrt xpu table`)."""
     return 8 if int8 else 4
 
 
@@ -66,8 +66,9 @@ def quant_linear(
     blocks = -(-out_features // 16) if epilogue in GATED else weight.shape[0]
     parts = min(PARTS, sizes.tiles)
     one = len(rows) == 1
-    padded_group = sizes.padded_group if sizes.groups > 1 else sizes.group
-    whole_words = x.itemsize == 2 and not any(n % 2 for n in (rows.data_ptr() // 2, stride, padded_group, sizes.group))
+    padded_group = sizes.padded_group if sizes.groups > 1 else sizes.group  # of one, padding is past the row's end
+    shift = padded_group - sizes.group
+    whole_words = x.itemsize == 2 and not (rows.data_ptr() % 4 or stride % 2 or shift % 2)
     launch(
         x.device, bundle(row, int8), "quant_linear_row" if one else "quant_linear_rows",
         (blocks, 1, 1 if one else -(-len(rows) // rows_at_once(int8))), (1, parts, 16),
