@@ -9,7 +9,7 @@ from typing import Any
 
 from .route import KINDS, ROUTES, UNAVAILABLE, Route
 
-#: Up to this many rows a product is bound by reading the weight, which the SYCL kernels do at the memory's rate.
+#: Up to this many rows a product is bound by reading the weight, which the SYCL kernels do once for several of them.
 SMALL_M = 16
 
 

@@ -14,7 +14,7 @@ BUNDLES = (
     linear_pack.BUNDLE,
     pointwise(torch.bfloat16),
     pointwise(torch.float32),
-    *(linear.bundle(FORMATS[name], int8, linear.ROWS) for name in CODINGS for int8 in {"int8" in FORMATS[name].computes, False}),
+    *(linear.bundle(FORMATS[name], int8) for name in CODINGS for int8 in {"int8" in FORMATS[name].computes, False}),
     attention.bundle(torch.bfloat16, attention.ANY_ROWS),
     *(attention.bundle(torch.bfloat16, rows, torch.bfloat16, 64) for rows in attention.ROWS),
     *(attention.bundle(torch.bfloat16, rows, torch.int8, 128) for rows in (1, 4)),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llmrt import ops
+from llmrt.ops.formats import Layout, quantize
 from llmrt.xpu import install
 from llmrt.xpu.route import ROUTES, import_routes
 from llmrt.xpu.sycl.attention import ENOUGH_GROUPS, rows_of_program, splits_of
@@ -58,6 +59,18 @@ def test_an_entry_of_rows_outside_the_cache_gives_nan() -> None:
     rows[0, 7], rows[1, 19] = 2, -1
     out = ops.attention(query, cache, cache, 20, 0.25, rows=rows)
     assert out[:2].isnan().all() and out[2].isfinite().all()
+
+
+@pytest.mark.parametrize("compute", ["int8", "bf16", "fp32"])
+@pytest.mark.parametrize("group", [-1, 20, 32])
+def test_rows_that_share_a_weight_do_not_mix(group: int, compute: str) -> None:
+    layout = Layout("int4", True, group, torch.bfloat16)
+    packed = ops.pack_weight(*quantize(torch.randn(50, 300), layout), str(layout), 300)
+    x = (torch.randn(17, 301) * torch.logspace(-3, 3, 17)[:, None]).bfloat16()[:, 1:]  # not at whole words
+    shared = ops.quant_linear(x, packed, None, None, str(layout), 50, compute)
+    for i, row in enumerate(x.contiguous()):
+        alone = ops.quant_linear(row, packed, None, None, str(layout), 50, compute)
+        torch.testing.assert_close(shared[i], alone)
 
 
 def test_heads_above_256_elements_are_refused() -> None:

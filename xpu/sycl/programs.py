@@ -41,7 +41,7 @@ def programs(
         raise ValueError(f"weight dtype is {unknown[0]!r}; valid: {', '.join(FORMATS)}")
     stored = cache or element
     linears = dict.fromkeys(
-        linear.bundle(row, compute == "int8" and "int8" in row.computes, linear.ROWS)
+        linear.bundle(row, compute == "int8" and "int8" in row.computes)
         for row in (FORMATS[name] for name in weight_dtypes)
     )
     if attention.has_program(element, stored, head_dim):
