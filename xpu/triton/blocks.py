@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 
 #: Elements of a row that one program holds in registers: 1024 threads with 32 each.
 LONGEST_ROW = 32768
+#: Multiprocessors of an H100. With fewer programs than these some would idle, and a loop's latency would be all that counts; to get
+#: there, work is shared by as many as keep four programs on each, which hide each other's.
+PROCESSORS = 132
+WANTED = 4 * PROCESSORS
+#: Each of the programs that share inputs or cached tokens has at least as many, or the second kernel would cost more than it saves.
+FEWEST_INPUTS, FEWEST_TOKENS, MOST_PARTS = 512, 256, 64
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,27 @@ def segments(segment: int) -> tuple[Blocks, ...]:
     return tuple(Blocks({"SEGMENTS": n // segment}) for n in (2048, 1024, 4096))
 
 
+def parts(programs: int, segments: int, segment: int) -> tuple[int, int]:
+    """Return the number of parts of the inputs that programs of their own sum up, and the segments of each; 1 where there are enough
+    programs without that."""
+    most = min(segments * segment // FEWEST_INPUTS, MOST_PARTS, WANTED // programs) if programs < PROCESSORS else 1
+    each = -(-segments // max(most, 1))
+    return -(-segments // each), each
+
+
+def spans(programs: int, tokens: int, block: int) -> tuple[int, int]:
+    """Return the number of spans of cached tokens that programs of their own attend to, and the tokens of each, a multiple of `block`."""
+    most = min(tokens // FEWEST_TOKENS, MOST_PARTS, WANTED // programs) if programs < PROCESSORS else 1
+    each = -(-tokens // (max(most, 1) * block)) * block
+    return -(-tokens // each), each
+
+
+def joins(rows: int) -> tuple[Blocks, ...]:
+    """The sum of parts: 2048 elements of a few rows, or of one."""
+    few = min(power(rows), 16)
+    return (Blocks({"BLOCK_M": few, "BLOCK_N": 64 if few > 1 else 128}, 4 if few > 1 else 1),)
+
+
 def vector(outputs: int, gated: bool) -> tuple[Blocks, ...]:
     """One row times a weight: bound by reading it. 32 outputs = one tile's width (both halves of a gated pair); a step reads 64 dwords of
     each output, 8 KB, so that 4 warps have 16 loads in flight; few outputs take half a tile per program to fill the device."""
@@ -113,3 +140,9 @@ def attention(rows: int, width: int, value_width: int, sixteen_bits: bool, plain
     else:
         sizes = ((16, 16, 8),)
     return tuple(Blocks({"BLOCK_M": m, "BLOCK_T": t, "BLOCK_D": d, "BLOCK_DV": dv}, w, 2) for m, t, w in sizes)
+
+
+def merge(spans: int, value_width: int) -> tuple[Blocks, ...]:
+    """The mean over spans: one program holds what all of them have for one head, so that it is read at once."""
+    held, width = power(spans), power(value_width)
+    return (Blocks({"SPANS": held, "BLOCK_DV": width}, max(1, min(8, held * width // 1024))),)
