@@ -237,7 +237,7 @@ def attention(
     spans, span = 1, length
     if all(tokens * group <= b.sizes["BLOCK_M"] for b in choices):
         seen = min(length, window + tokens + MOST_AT_ONCE) if window else length
-        spans, span = blocks.spans(batch * kv_heads, seen, MOST_AT_ONCE)
+        spans, span = blocks.shared(seen, blocks.spans(batch * kv_heads, seen), MOST_AT_ONCE)
     kept = (spans, batch, tokens, heads, value_width + 2)
     partial = torch.empty(kept, dtype=torch.float32, device=query.device) if spans > 1 else None
     launch(

@@ -52,6 +52,11 @@ def elements(width: int) -> tuple[Blocks, ...]:
     )
 
 
+def columns(width: int) -> tuple[Blocks, ...]:
+    """Elements of one row: 1024 per program."""
+    return (Blocks({"BLOCK": power(width) if width <= 1024 else 1024}),)
+
+
 def heads(width: int) -> tuple[Blocks, ...]:
     """Heads of one or more tokens: 2048 elements per program, at least one head."""
     block = power(width)
@@ -73,19 +78,25 @@ def segments(segment: int) -> tuple[Blocks, ...]:
     return tuple(Blocks({"SEGMENTS": n // segment}) for n in (2048, 1024, 4096))
 
 
-def parts(programs: int, segments: int, segment: int) -> tuple[int, int]:
-    """Return the number of parts of the inputs that programs of their own sum up, and the segments of each; 1 where there are enough
-    programs without that."""
-    most = min(segments * segment // FEWEST_INPUTS, MOST_PARTS, WANTED // programs) if programs < PROCESSORS else 1
-    each = -(-segments // max(most, 1))
-    return -(-segments // each), each
+def parts(programs: int, rows: int, inputs: int, bits: int) -> int:
+    """Return how many parts of the inputs programs of their own sum up: 1 where there are enough programs without that.
+
+    Writing and reading the sums, 8 bytes for each row and output, moves at most half as much as reading the weight.
+    """
+    if programs >= PROCESSORS:
+        return 1
+    return max(1, min(inputs // FEWEST_INPUTS, MOST_PARTS, WANTED // programs, inputs * bits // (128 * rows)))
 
 
-def spans(programs: int, tokens: int, block: int) -> tuple[int, int]:
-    """Return the number of spans of cached tokens that programs of their own attend to, and the tokens of each, a multiple of `block`."""
-    most = min(tokens // FEWEST_TOKENS, MOST_PARTS, WANTED // programs) if programs < PROCESSORS else 1
-    each = -(-tokens // (max(most, 1) * block)) * block
-    return -(-tokens // each), each
+def spans(programs: int, tokens: int) -> int:
+    """Return how many spans of cached tokens programs of their own attend to: 1 where there are enough programs without that."""
+    return 1 if programs >= PROCESSORS else max(1, min(tokens // FEWEST_TOKENS, MOST_PARTS, WANTED // programs))
+
+
+def shared(size: int, parts: int, block: int = 1) -> tuple[int, int]:
+    """Return how many parts `size` things have that are each the same multiple of `block` but the last, at most `parts`, and that size."""
+    each = -(-size // (parts * block)) * block
+    return -(-size // each), each
 
 
 def joins(rows: int) -> tuple[Blocks, ...]:
@@ -103,14 +114,17 @@ def vector(outputs: int, gated: bool) -> tuple[Blocks, ...]:
     return (default, *(b for b in wide if b != default))
 
 
-def matmul(m: int, n: int, sixteen_bits: bool) -> tuple[Blocks, ...]:
-    """Rows times a weight: 16 rows are the least that matrix units take; many rows share each dequantized tile, float32 (no matrix units)
-    takes half of them, as its accumulators and operands are wider."""
-    if m <= 16:
-        return tuple(Blocks({"BLOCK_M": 16, "BLOCK_N": bn}, w, s) for bn, w, s in ((32, 2, 4), (64, 4, 3), (128, 4, 3)))
+def matmul(m: int, n: int, sixteen_bits: bool, experts: bool = False) -> tuple[Blocks, ...]:
+    """Rows times a weight, or (m rows each) those of experts: 16 rows are the least that matrix units take; many rows share each
+    dequantized tile, float32 (no matrix units) takes half of them, as its accumulators and operands are wider. Finding the rows of an
+    expert takes registers too."""
     sizes: tuple[tuple[int, int, int, int], ...]
-    if m <= 64 or n <= 1024:
+    if m <= 16:
+        sizes = ((16, 32, 2, 4), (16, 64, 4, 3), (16, 128, 4, 3)) if sixteen_bits else ((16, 32, 4, 3), (16, 32, 2, 3))
+    elif m <= 64 or n <= 1024:
         sizes = ((32, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 4))
+    elif sixteen_bits and experts:
+        sizes = ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3))
     elif sixteen_bits:
         sizes = ((128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4))
     else:

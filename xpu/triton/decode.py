@@ -119,10 +119,10 @@ def _book(layout: str, compute: str, device: torch.device) -> Tensor:
     return _books[key]
 
 
-def refuses_weight(weight: Tensor) -> str | None:
+def refuses_weight(weight: Tensor, name: str = "weight") -> str | None:
     """Say why the kernels cannot read a packed weight."""
     if not weight.is_contiguous() or weight.storage_offset() % 4:
-        return "weight is not contiguous or starts at no multiple of 4 bytes"
+        return f"{name} is not contiguous or starts at no multiple of 4 bytes"
     return None
 
 

@@ -110,8 +110,8 @@ def _matmul(x, row_scales, row_sums, codes, scales, zeros, book, bias, other, y,
             b_stride, INTEGER: tl.constexpr, ROUND: tl.constexpr, BITS: tl.constexpr, CODING: tl.constexpr, CENTER: tl.constexpr,
             E8M0: tl.constexpr, PADDED: tl.constexpr, SEGMENT: tl.constexpr, TILE_DWORDS: tl.constexpr, TILE_SCALES: tl.constexpr,
             SCALES_AT: tl.constexpr, TILE_BYTES: tl.constexpr, ZEROS_AT: tl.constexpr, EPILOGUE: tl.constexpr,
-            GATED: tl.constexpr, SHARE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr,
-            BLOCK_N: tl.constexpr):  # fmt: skip
+            GATED: tl.constexpr, SHARE: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """x [M / SHARE, K] with strides, or with INTEGER its codes [M / SHARE, segments * SEGMENT]; programs of one block of outputs are
     neighbors, so that they share its tiles in the cache. With order and starts, row order[i] has the expert e with starts[e] <= i <
     starts[e + 1], and SHARE rows have one of x."""
@@ -131,12 +131,13 @@ def _matmul(x, row_scales, row_sums, codes, scales, zeros, book, bias, other, y,
     source = m // SHARE
     inside = n < weight_rows
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for segment in range(first_segment, last_segment):
-        code = segment_codes(codes, tile * TILE_DWORDS + n % 32, segment, inside, BITS, SEGMENT, BLOCK_N, TILE_DWORDS)
+    for step in range(first_segment * (SEGMENT // STEP), last_segment * (SEGMENT // STEP)):
+        code = segment_codes(codes, tile * TILE_DWORDS + n % 32, step, inside, BITS, STEP, BLOCK_N, TILE_DWORDS)
+        segment = step * STEP // SEGMENT
         this = tile + segment * SEGMENT // 128
         slot = segment * SEGMENT % 128 // SEGMENT * 32 + n % 32
         scale = scale_of(tl.load(scales + this * TILE_SCALES + SCALES_AT + slot, inside, other=0), E8M0)
-        p = segment * SEGMENT + tl.arange(0, SEGMENT)[None, :]
+        p = step * STEP + tl.arange(0, STEP)[None, :]
         if INTEGER:
             a = tl.load(x + source * (segments * SEGMENT) + p, alive, other=0)
             w = tl.load(book + code).to(tl.int8) if CODING == "book" else (code - CENTER).to(tl.int8)
@@ -297,18 +298,20 @@ def multiply(
     if integer:
         x, scales, sums = _rounded(x, packed, form.asymmetric)
     single = m == 1 if chosen is None else chosen.order is None
+    rows_of_weight = 1 if single else m if chosen is None else triton.cdiv(m, chosen.count)
     if single:
         choices = blocks.vector(weight_rows, gated)
     else:
-        few = m if chosen is None else triton.cdiv(m, chosen.count)
-        choices = blocks.matmul(few, weight_rows, integer or factor != tl.float32)
+        sixteen_bits = integer or factor != tl.float32
+        choices = blocks.matmul(rows_of_weight, weight_rows, sixteen_bits, chosen is not None)
 
     def programs(b: Blocks) -> int:
         size = b.sizes.get("BLOCK_M", 1)
         row_blocks = triton.cdiv(m, size) if single or chosen is None else min(m, m // size + chosen.count)
         return row_blocks * triton.cdiv(weight_rows, b.sizes["BLOCK_N"])
 
-    parts, per_part = blocks.parts(programs(choices[0]), packed.segments, packed.segment)
+    wanted = blocks.parts(programs(choices[0]), rows_of_weight, packed.sizes[0], form.format.bits)
+    parts, per_part = blocks.shared(packed.segments, wanted)
     partial = torch.empty((parts, m, weight_rows), dtype=torch.float32, device=x.device) if parts > 1 else None
     places = (*strides(other, 2), *strides(bias, 1))
     unit, epilogues = 1.0 / packed.digits, {"EPILOGUE": epilogue, "GATED": gated}
@@ -336,6 +339,7 @@ def multiply(
             shape,
             *(x, scales, sums, *views, order, starts, *sizes, *x.stride(), *places),
             EXPERTS=blocks.power(count),
+            STEP=packed.segment if integer or factor != tl.float32 else 32,  # float32 has all of a step in registers
             **constants,
         )
     if partial is not None:
