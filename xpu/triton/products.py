@@ -17,7 +17,7 @@ from ...ops.linear import GATED
 from . import blocks
 from .activations import activate, round_even
 from .blocks import Blocks
-from .decode import Packed, code_at, input_of, scale_of, segment_codes, value_of
+from .decode import Packed, factor_at, factors_sum, input_of, scale_of, segment_codes, segment_integers, value_of
 from .launch import launch, strides
 
 # mypy: disable-error-code="no-untyped-def"
@@ -132,7 +132,7 @@ def _matmul(x, row_scales, row_sums, codes, scales, zeros, book, bias, other, y,
     inside = n < weight_rows
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first_segment * (SEGMENT // STEP), last_segment * (SEGMENT // STEP)):
-        code = segment_codes(codes, tile * TILE_DWORDS + n % 32, step, inside, BITS, STEP, BLOCK_N, TILE_DWORDS)
+        base = tile * TILE_DWORDS + n % 32
         segment = step * STEP // SEGMENT
         this = tile + segment * SEGMENT // 128
         slot = segment * SEGMENT % 128 // SEGMENT * 32 + n % 32
@@ -140,7 +140,11 @@ def _matmul(x, row_scales, row_sums, codes, scales, zeros, book, bias, other, y,
         p = step * STEP + tl.arange(0, STEP)[None, :]
         if INTEGER:
             a = tl.load(x + source * (segments * SEGMENT) + p, alive, other=0)
-            w = tl.load(book + code).to(tl.int8) if CODING == "book" else (code - CENTER).to(tl.int8)
+            if CODING == "book":
+                code = segment_codes(codes, base, step, inside, BITS, STEP, BLOCK_N, TILE_DWORDS)
+                w = tl.load(book + code).to(tl.int8)
+            else:
+                w = segment_integers(codes, base, step, inside, BITS, STEP, BLOCK_N, TILE_DWORDS)
             part = tl.dot(a, w, out_dtype=tl.int32)
             if zeros is not None:
                 zero = tl.load(zeros + this * TILE_BYTES + ZEROS_AT + slot, inside, other=0).to(tl.int32)
@@ -150,6 +154,7 @@ def _matmul(x, row_scales, row_sums, codes, scales, zeros, book, bias, other, y,
         else:
             k, there = input_of(p, group, padded_group, inputs, PADDED)
             a = tl.load(x + source * x_row + k * x_column, alive & there, other=0.0).to(ROUND)
+            code = segment_codes(codes, base, step, inside, BITS, STEP, BLOCK_N, TILE_DWORDS)
             w = value_of(code, book, CODING, CENTER)
             if zeros is not None:
                 zero = tl.load(zeros + this * TILE_BYTES + ZEROS_AT + slot, inside, other=0).to(tl.float32)
@@ -194,7 +199,7 @@ def _vector(x, row_scales, codes, scales, zeros, book, bias, other, y, partial, 
         shift = 0.0
         if zeros is not None:
             shift = CENTER - tl.load(zeros + this * TILE_BYTES + ZEROS_AT + slot, inside, other=0).to(tl.float32)
-        part = tl.zeros((DWORDS, BLOCK_N), tl.float32)
+        part, total = tl.zeros((DWORDS, BLOCK_N), tl.float32), tl.zeros((DWORDS, 1), tl.float32)
         for i in tl.static_range(PER):
             p = r * PER + i
             if INTEGER:  # products and sums of a dword's few integers are exact in float32 too
@@ -203,7 +208,9 @@ def _vector(x, row_scales, codes, scales, zeros, book, bias, other, y, partial, 
                 k, there = input_of(p, group, padded_group, inputs, PADDED)
                 there = there & (segment < last_segment)
                 a = tl.load(x + source * x_row + k * x_column, there, other=0.0).to(ROUND).to(tl.float32)
-            part += a * (value_of(code_at(dwords, i, BITS), book, CODING, CENTER) + shift)
+            total += a
+            part += a * factor_at(dwords, i, book, BITS, CODING)
+        part = factors_sum(part, total, shift, BITS, CODING, CENTER)
         if INTEGER:
             scale = scale * tl.load(row_scales + source * segments + segment, segment < last_segment, other=0.0)
         acc += part * scale

@@ -12,7 +12,7 @@ from ...ops.linear import GATED
 from ..route import route
 from . import blocks
 from .activations import round_even
-from .decode import Packed, refuses_weight, segment_codes
+from .decode import Packed, refuses_weight, segment_integers
 from .launch import launch, refuses_double, strides
 from .products import finish, keep
 
@@ -69,9 +69,9 @@ def _static_matmul(x, codes, scales, sums, flags, bias, other, y, partial, rows,
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     first = tl.program_id(1) * per_part
     for tile in range(first, tl.minimum(first + per_part, tiles)):
-        code = segment_codes(codes, base, tile, inside, 8, 128, BLOCK_N, TILE_DWORDS)
+        w = segment_integers(codes, base, tile, inside, 8, 128, BLOCK_N, TILE_DWORDS)
         a = tl.load(x + m * (tiles * 128) + tile * 128 + tl.arange(0, 128)[None, :], alive, other=0)
-        acc += tl.dot(a, (code - 128).to(tl.int8), out_dtype=tl.int32)
+        acc += tl.dot(a, w, out_dtype=tl.int32)
     if partial is not None:
         keep(acc, partial, m, alive, n0, rows, weight_rows, BLOCK_N)
     else:
