@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ...ops.formats import Layout
+
 #: Elements of a row that one program holds in registers: 1024 threads with 32 each.
 LONGEST_ROW = 32768
 #: Multiprocessors of an H100. With fewer programs than these some would idle, and a loop's latency would be all that counts; to get
@@ -105,6 +107,13 @@ def joins(rows: int) -> tuple[Blocks, ...]:
     return (Blocks({"BLOCK_M": few, "BLOCK_N": 64 if few > 1 else 128}, 4 if few > 1 else 1),)
 
 
+def one_row_by_matrix_units(layout: Layout, int8: bool) -> bool:
+    """Return whether one row takes the kernel of 16: of integers with integers, whose codes become bytes four at once and whose weight is
+    read ahead, that takes 3 instructions per code where `vector` takes 5 (compute capability 9.0); other codes are made floats one by one.
+    """
+    return int8 and layout.format.integer
+
+
 def vector(outputs: int, gated: bool) -> tuple[Blocks, ...]:
     """One row times a weight: bound by reading it. 32 outputs = one tile's width (both halves of a gated pair); a step reads 64 dwords of
     each output, 8 KB, so that 4 warps have 16 loads in flight; few outputs take half a tile per program to fill the device."""
@@ -114,16 +123,16 @@ def vector(outputs: int, gated: bool) -> tuple[Blocks, ...]:
     return (default, *(b for b in wide if b != default))
 
 
-def matmul(m: int, n: int, sixteen_bits: bool, experts: bool = False) -> tuple[Blocks, ...]:
+def matmul(m: int, n: int, sixteen_bits: bool, crowded: bool = False) -> tuple[Blocks, ...]:
     """Rows times a weight, or (m rows each) those of experts: 16 rows are the least that matrix units take; many rows share each
-    dequantized tile, float32 (no matrix units) takes half of them, as its accumulators and operands are wider. Finding the rows of an
-    expert takes registers too."""
+    dequantized tile, float32 (no matrix units) takes half of them, as its accumulators and operands are wider. Look-ups and finding the
+    rows of an expert take registers too (crowded)."""
     sizes: tuple[tuple[int, int, int, int], ...]
     if m <= 16:
         sizes = ((16, 32, 2, 4), (16, 64, 4, 3), (16, 128, 4, 3)) if sixteen_bits else ((16, 32, 4, 3), (16, 32, 2, 3))
     elif m <= 64 or n <= 1024:
         sizes = ((32, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 4))
-    elif sixteen_bits and experts:
+    elif sixteen_bits and crowded:
         sizes = ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3))
     elif sixteen_bits:
         sizes = ((128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4))

@@ -89,6 +89,13 @@ def _join(partial, bias, other, y, rows, weight_rows, outputs, parts, unit, o_ro
 
 
 @triton.jit
+def expert_at(chosen, row, experts):
+    """The expert of a row, 0 in place of one that does not exist."""
+    expert = tl.load(chosen + row).to(tl.int64)
+    return tl.where((expert < 0) | (expert >= experts), 0, expert)
+
+
+@triton.jit
 def rows_of_block(order, starts, experts, block, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
     """The expert of a block of rows, its rows [BLOCK_M, 1] and which of them there are: each expert has blocks of its own, in order."""
     e = tl.arange(0, EXPERTS)
@@ -105,28 +112,36 @@ def rows_of_block(order, starts, experts, block, BLOCK_M: tl.constexpr, EXPERTS:
 
 
 @triton.jit
-def _matmul(x, row_scales, row_sums, codes, scales, zeros, book, bias, other, y, partial, order, starts, rows, experts, inputs,
-             group, padded_group, tiles, segments, weight_rows, outputs, unit, per_part, x_row, x_column, o_row, o_column,
+def _matmul(x, row_scales, row_sums, codes, scales, zeros, book, bias, other, y, partial, chosen, order, starts, rows, experts,
+            inputs, group, padded_group, tiles, segments, weight_rows, outputs, unit, per_part, x_row, x_column, o_row, o_column,
             b_stride, INTEGER: tl.constexpr, ROUND: tl.constexpr, BITS: tl.constexpr, CODING: tl.constexpr, CENTER: tl.constexpr,
             E8M0: tl.constexpr, PADDED: tl.constexpr, SEGMENT: tl.constexpr, TILE_DWORDS: tl.constexpr, TILE_SCALES: tl.constexpr,
             SCALES_AT: tl.constexpr, TILE_BYTES: tl.constexpr, ZEROS_AT: tl.constexpr, EPILOGUE: tl.constexpr,
-            GATED: tl.constexpr, SHARE: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+            GATED: tl.constexpr, SHARE: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
+            BLOCK_N: tl.constexpr):  # fmt: skip
     """x [M / SHARE, K] with strides, or with INTEGER its codes [M / SHARE, segments * SEGMENT]; programs of one block of outputs are
-    neighbors, so that they share its tiles in the cache. With order and starts, row order[i] has the expert e with starts[e] <= i <
-    starts[e + 1], and SHARE rows have one of x."""
-    row_blocks = tl.cdiv(rows, BLOCK_M) if starts is None else tl.minimum(rows, rows // BLOCK_M + experts)
+    neighbors, so that they share its tiles in the cache. SHARE rows have one of x. Experts: with order and starts, row order[i] has the
+    expert e with starts[e] <= i < starts[e + 1]; with chosen, row m has chosen[m] and a block of its own."""
+    row_blocks = tl.cdiv(rows, BLOCK_M)
+    if starts is not None:
+        row_blocks = tl.minimum(rows, rows // BLOCK_M + experts)
+    if chosen is not None:
+        row_blocks = rows
     block, n0 = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)[None, :]
     first_segment = tl.program_id(1) * per_part
     last_segment = tl.minimum(first_segment + per_part, segments)
     tile = (n // 32).to(tl.int64) * tiles
+    i = tl.arange(0, BLOCK_M)[:, None]
     if starts is not None:
         expert, m, alive = rows_of_block(order, starts, experts, block, BLOCK_M, EXPERTS)
         tile += expert.to(tl.int64) * ((weight_rows + 31) // 32) * tiles
         last_segment = tl.where(tl.max(alive.to(tl.int32)) > 0, last_segment, first_segment)
+    elif chosen is not None:
+        m, alive = (block + 0 * i).to(tl.int64), i == 0
+        tile += expert_at(chosen, block, experts) * ((weight_rows + 31) // 32) * tiles
     else:
-        m = (block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
+        m = (block * BLOCK_M + i).to(tl.int64)
         alive = m < rows
     source = m // SHARE
     inside = n < weight_rows
@@ -182,9 +197,7 @@ def _vector(x, row_scales, codes, scales, zeros, book, bias, other, y, partial, 
     row = tl.program_id(2).to(tl.int64)
     source = row // SHARE
     if chosen is not None:
-        expert = tl.load(chosen + row).to(tl.int64)
-        expert = tl.where((expert < 0) | (expert >= experts), 0, expert)
-        tile += expert * ((weight_rows + 31) // 32) * tiles
+        tile += expert_at(chosen, row, experts) * ((weight_rows + 31) // 32) * tiles
     first_segment = tl.program_id(1) * per_part
     last_segment = tl.minimum(first_segment + per_part, segments)
     acc = tl.zeros((DWORDS, BLOCK_N), tl.float32)
@@ -304,17 +317,19 @@ def multiply(
     shape = (m, weight_rows, x.shape[-1], x.dtype, layout, compute, chosen is None)
     if integer:
         x, scales, sums = _rounded(x, packed, form.asymmetric)
-    single = m == 1 if chosen is None else chosen.order is None
-    rows_of_weight = 1 if single else m if chosen is None else triton.cdiv(m, chosen.count)
-    if single:
+    alone = chosen is not None and chosen.order is None
+    rows_of_weight = 1 if alone else m if chosen is None else triton.cdiv(m, chosen.count)
+    vector = rows_of_weight == 1 and (alone or chosen is None) and not blocks.one_row_by_matrix_units(form, integer)
+    if vector:
         choices = blocks.vector(weight_rows, gated)
     else:
         sixteen_bits = integer or factor != tl.float32
-        choices = blocks.matmul(rows_of_weight, weight_rows, sixteen_bits, chosen is not None)
+        crowded = chosen is not None or packed.book is not None
+        choices = blocks.matmul(rows_of_weight, weight_rows, sixteen_bits, crowded)
 
     def programs(b: Blocks) -> int:
-        size = b.sizes.get("BLOCK_M", 1)
-        row_blocks = triton.cdiv(m, size) if single or chosen is None else min(m, m // size + chosen.count)
+        size = 1 if alone else b.sizes.get("BLOCK_M", 1)
+        row_blocks = triton.cdiv(m, size) if alone or chosen is None else min(m, m // size + chosen.count)
         return row_blocks * triton.cdiv(weight_rows, b.sizes["BLOCK_N"])
 
     wanted = blocks.parts(programs(choices[0]), rows_of_weight, packed.sizes[0], form.format.bits)
@@ -325,10 +340,10 @@ def multiply(
     constants = {"INTEGER": integer, "ROUND": factor, "SHARE": 1 if chosen is None else chosen.share}
     constants |= epilogues | packed.constants
     views = (packed.codes, packed.scales, packed.zeros, packed.book, bias, other, y, partial)
+    experts = chosen.experts if alone and chosen is not None else None
     count = 0 if chosen is None else chosen.count
     sizes = (m, count, *packed.sizes, packed.tiles, packed.segments, weight_rows, out_features, unit, per_part)
-    if single:
-        experts = None if chosen is None else chosen.experts
+    if vector:
         launch(
             _vector,
             choices,
@@ -344,7 +359,7 @@ def multiply(
             choices,
             lambda b: (programs(b), parts),
             shape,
-            *(x, scales, sums, *views, order, starts, *sizes, *x.stride(), *places),
+            *(x, scales, sums, *views, experts, order, starts, *sizes, *x.stride(), *places),
             EXPERTS=blocks.power(count),
             STEP=packed.segment if integer or factor != tl.float32 else 32,  # float32 has all of a step in registers
             **constants,
