@@ -52,6 +52,21 @@ def test_spans_of_the_cached_tokens_are_merged(device: str, kernels: xpu.Install
     assert len(merged) >= 15 and max(merged) > 400
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_entry_of_rows_outside_the_cache_gives_nan_in_any_span(
+    device: str, kernels: xpu.Installed, monkeypatch
+) -> None:
+    monkeypatch.setattr(attention, "MOST_AT_ONCE", 64)
+    monkeypatch.setattr(attention, "check_attention", attention.check_attention_sizes)
+    monkeypatch.setattr(blocks, "spans", lambda programs, tokens: -(-tokens // 64))
+    query, cache = torch.randn(3, 1, 2, 16), torch.randn(2, 2, 150, 16)
+    rows = torch.zeros(3, 150, dtype=torch.int32)
+    rows[0, 7], rows[1, 149] = 2, -1
+    out = ops.attention(*(x.to(device) for x in (query, cache, cache)), 150, 0.25, rows=rows.to(device)).cpu()
+    assert out[:2].isnan().all()
+    torch.testing.assert_close(out[2:], ops.attention.reference(query[2:], cache, cache, 150, 0.25))
+
+
 def test_parts_fill_an_idle_device() -> None:
     assert blocks.parts(132, 1, 1 << 20, 4) == 1
     assert [blocks.parts(32, 1, k, 4) for k in (64, 512, 1024, 4096, 14336)] == [1, 1, 2, 8, 16]
