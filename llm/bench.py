@@ -121,8 +121,8 @@ class Settings:
         return "fp32" if compute == "fp16" else compute
 
 
-def build(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
-    """Return a model of a config with random weights, optimized as the settings say.
+def build(config: PretrainedConfig, settings: Settings, device: str = "cpu") -> PreTrainedModel:
+    """Return a model of a config with random weights, optimized as the settings say, on a device.
 
     Quantized weights are drawn as codes, one linear at a time: a 7B model in INT4 takes 4 GB, at no time more than 8.
     """
@@ -134,11 +134,12 @@ def build(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
         quantized_linears(model, quantization)
     fill_linears(model)
     if not settings.optimize:
-        return model
+        return model.to(device)
     return optimize(
         model,
         dtype=settings.torch_dtype(),
         inplace=True,
+        device=device,
         quantization_config=quantization,
         kv_dtype=settings.kv_dtype_or_none(),
     )

@@ -24,7 +24,7 @@ from transformers import (
 from .. import _C, ops
 from . import doctor
 from .experts import QuantExperts, is_experts, sizes_of
-from .timing import StepClock
+from .timing import StepClock, synchronize
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Stopwatch:
         generator = torch.Generator().manual_seed(seed)
         self.tokens = torch.randint(
             model.config.get_text_config().vocab_size, (load.batch, load.depth + load.prompt), generator=generator
-        )
+        ).to(model.device)
         # No end-of-sequence token: every run makes exactly `new` tokens.
         self.settings = GenerationConfig(
             max_new_tokens=load.new,
@@ -228,6 +228,7 @@ class Stopwatch:
                 extra["past_key_values"] = self._prefix()
             elif self.new_cache is not None:
                 extra["past_key_values"] = self.new_cache()
+            synchronize(self.tokens.device)
             start = time.perf_counter()
             self.model.generate(
                 self.tokens,
@@ -236,6 +237,7 @@ class Stopwatch:
                 stopping_criteria=StoppingCriteriaList([clock]),
                 **extra,
             )
+            synchronize(self.tokens.device)
             end = time.perf_counter()
         finally:
             self.model.generation_config = kept

@@ -63,7 +63,7 @@ def _repeat(drawn: Tensor, out: Tensor) -> None:
 class RandomLinear(CanonicalLinear):
     """A linear that draws its quantized weight when `optimize` asks for it and holds nothing before.
 
-    Codes are uniform, scales such that the weight's standard deviation is 1 / sqrt(K).
+    Codes are uniform (of finite values), scales such that the weight's standard deviation is 1 / sqrt(K).
     """
 
     def __init__(self, linear: nn.Linear, layout: Layout, seed: int) -> None:
@@ -85,14 +85,20 @@ class RandomLinear(CanonicalLinear):
             generator=generator,
             dtype=torch.uint8,
         )
+        row = self.layout.format
+        if row.dtype is not None:
+            drawn[~drawn.view(row.dtype).float().isfinite()] = 0  # NaN and infinity are no weights
         if bits == 4 and self.in_features % 2:
             drawn[:, -1] &= 15  # the nibble behind the last input is 0
         codes = torch.empty((self.out_features, drawn.shape[1]), dtype=torch.uint8)
         _repeat(drawn, codes)
         deviation = ((1 << bits) ** 2 / 12) ** 0.5
+        if not row.integer:
+            values = drawn.view(row.dtype).float() if row.dtype is not None else row.values()
+            deviation = float(values.std(correction=0))
         shape = (self.out_features, groups)
         scales = torch.full(shape, 1 / (deviation * self.in_features**0.5), dtype=self.layout.scale_dtype)
-        zeros = torch.full(shape, self.layout.format.zero, dtype=torch.uint8) if self.layout.asymmetric else None
+        zeros = torch.full(shape, row.zero, dtype=torch.uint8) if self.layout.asymmetric else None
         return Canonical(codes, scales, zeros)
 
 

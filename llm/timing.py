@@ -51,13 +51,20 @@ def _count(tokens: int) -> str:
     return f"{tokens} token{'' if tokens == 1 else 's'}"
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given; the CPU has."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
 class StepClock(StoppingCriteria):
-    """Notes the time of every step and never stops: unlike a streamer it also works with beams."""
+    """Notes the time of every step, when its tokens are there, and never stops: unlike a streamer it also works with beams."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        synchronize(input_ids.device)
         self.stamps.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 

@@ -109,10 +109,7 @@ def quant_experts(
     """
     layouts, computes = (layout, down_layout), (compute, down_compute)
     _check(x, indices, scores, gate_up, down, perm, down_perm, layouts, width, computes, activation)
-    experts = gate_up.shape[0]
-    for name, order in (("perm", perm), ("down_perm", down_perm)):
-        _check_values(order, 0 if order is None else order.shape[1], name)
-    _check_values(indices, experts, "indices")
+    check_values(indices, perm, down_perm, gate_up.shape[0])
     v = wide(x)
     y = v.new_zeros(x.shape)
     for expert in indices.unique().tolist():
@@ -123,6 +120,13 @@ def quant_experts(
         out = quant_linear.reference(hidden, down[expert], None, None, down_layout, x.shape[1], down_compute)
         y.index_add_(0, token, scores[token, place, None].to(v.dtype) * out)
     return y.to(x.dtype)
+
+
+def check_values(indices: Tensor, perm: Tensor | None, down_perm: Tensor | None, experts: int) -> None:
+    """Raise RuntimeError where an expert or a feature does not exist; a device has to be waited for to see it."""
+    for name, order in (("perm", perm), ("down_perm", down_perm)):
+        _check_values(order, 0 if order is None else order.shape[1], name)
+    _check_values(indices, experts, "indices")
 
 
 def _check_values(values: Tensor | None, count: int, name: str) -> None:

@@ -45,7 +45,9 @@ TABLE = (
     Row("attention", "sycl", "one query token", _one_token),
     Row("attention", "triton"),
     Row("attention", "sycl"),
+    *(Row(operator, kind) for operator in ("quant_experts", "static_linear") for kind in ("triton", "torch")),
     Row("pack_weight", "sycl"),
+    Row("pack_weight", "torch"),
     *(
         Row(operator, kind)
         for operator in (
@@ -80,11 +82,10 @@ def candidates(operator: str, kinds: tuple[str, ...], forced: str | None) -> Ite
     Args:
         operator: name in `llmrt.ops`.
         kinds: what the device can run.
-        forced: only this kind, for every shape (operators that have torch's routes alone keep them); None: as the table says.
+        forced: only this kind, for every shape (operators that lack it keep torch's route); None: as the table says.
     """
-    own = {row.kind for row in TABLE if row.operator == operator} - {"torch"}
-    if forced in ("sycl", "triton") and not own:
-        forced = None  # there are no such kernels of it: torch's own operators are what it has
+    if forced in ("sycl", "triton") and forced not in {row.kind for row in TABLE if row.operator == operator}:
+        forced = "torch"
     seen = set()
     for row in TABLE:
         found = ROUTES.get((operator, row.kind))

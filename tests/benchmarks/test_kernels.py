@@ -61,9 +61,15 @@ def test_triton_benchmark(load, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(program, "gpu", lambda: ("cpu", "none"))
     monkeypatch.setattr(program, "seconds", lambda call: 1e-3)
     options = ["--rows=1,3", "--sizes=64x32", "--tokens=1,8", "--cached=8", "--layout=int4_sym_g32_bf16"]
+    options.append("--experts=4,2,64,32")
     program.main([*options, f"--json={tmp_path / 'out.json'}"])
     seen = json.loads((tmp_path / "out.json").read_text())
-    assert [row["op"] for row in seen["rows"]] == ["quant_linear"] * 4 + ["attention"] * 6
+    assert [row["op"] for row in seen["rows"]] == [
+        *["quant_linear"] * 4,
+        *["static_linear"] * 2,
+        *["quant_experts"] * 2,
+        *["attention"] * 6,
+    ]
     assert seen["bytes_per_second"] == 2e3 * (1 << 30) and all(row["speedup"] == 1 for row in seen["rows"])
     assert "a copy moves 2147 GB/s" in capsys.readouterr().out
 
@@ -95,6 +101,28 @@ def test_all_operators_of_a_shape(load, monkeypatch, tmp_path, capsys):
     }
     assert "least ahead of rivals" in capsys.readouterr().out
     assert (tmp_path / "operators-tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_loop_over_experts_is_their_product(load):
+    pytest.importorskip("triton")
+    program = load("ops/bench_triton.py")
+    sample = next(s for s in program.ops.quant_experts.sample_inputs(torch.float32) if s.args[5] is None)
+    x, indices, scores, gate_up, down, _, _, first, second, width, *_ = sample.args
+    rows = 2 * (-(-width // 16) * 16)
+    ups, downs = [], []
+    for expert in range(len(gate_up)):
+        for found, packed, layout, n, k in (
+            (ups, gate_up, first, rows, x.shape[1]),
+            (downs, down, second, x.shape[1], width),
+        ):
+            codes, scales, zeros = program.ops.unpack_weight(packed[expert], layout, n, k)
+            form = Layout.parse(layout)
+            found.append(program.ops.dequantize(codes, scales, zeros if form.asymmetric else None, form, k))
+    parts = torch.stack(ups).unflatten(1, (-1, 2, 16))
+    gates = torch.cat([parts[:, :, i].flatten(1, 2)[:, :width] for i in (0, 1)], 1)
+    expected = program.ops.quant_experts(*sample.args[:10], "fp32", "fp32", "silu")
+    actual = program.loop_over_experts(x, indices, scores.to(x.dtype), gates, torch.stack(downs))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_extremes_are_the_least_ratios(load):

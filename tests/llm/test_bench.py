@@ -14,6 +14,7 @@ from llmrt.llm import doctor, measure, random_weights
 from llmrt.llm.families.shapes import SHAPES, shape_config, shape_names
 from llmrt.llm.linear import QuantLinear, Scheme
 from llmrt.llm.measure import Timing, Work, Workload
+from llmrt.ops.formats import FORMATS
 
 PEAKS = {"read": 1e10, "int8": 1e12, "bf16": 5e11, "fp32": None}
 
@@ -148,13 +149,16 @@ def test_weight_bytes_are_the_packed_ones(head):
 
 def test_random_weights_are_codes_of_the_right_spread():
     linear = torch.nn.Linear(300, 600, bias=False, device="meta")
-    for name in ("int4", "int8"):
-        layout = bench_command.Settings(weight_dtype=name, scheme="asym").quantization().layout()
+    for name, row in FORMATS.items():
+        scheme, compute = "asym" if row.integer else "sym", row.computes[0]
+        settings = bench_command.Settings(weight_dtype=name, scheme=scheme, compute_dtype=compute)
+        layout = settings.quantization().layout()
         made = random_weights.RandomLinear(linear, layout, seed=3)
         assert sum(b.untyped_storage().nbytes() for b in made.buffers()) < 64
-        assert all(torch.equal(a, b) for a, b in zip(made.canonical(), made.canonical(), strict=True))
+        twice = zip(made.canonical(), made.canonical(), strict=True)
+        assert all(a is b if a is None else torch.equal(a, b) for a, b in twice)
         dense = torch.nn.Linear(300, 600, bias=False)
-        packed = QuantLinear.from_linear(made, Scheme(layout, "int8"))
+        packed = QuantLinear.from_linear(made, Scheme(layout, compute))
         dense.weight.data = packed.dequantized()
         assert dense.weight.std().item() == pytest.approx(300**-0.5, rel=0.05)
 

@@ -11,6 +11,7 @@ from llmrt.xpu.sycl.toolchain import missing
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "llm"))
 
+from expert_models import expert_model
 from models import padded_batch, tiny_model
 
 #: Calls of a forward of two layers: 2 x (query/key/value, output, gate/up, down) and the head are linears.
@@ -33,3 +34,34 @@ def test_int4_model_gives_the_cpus_tokens(options: dict[str, int], tokens: int, 
     assert torch.equal(actual, expected) and expected.shape == (2, 9 + tokens)
     calls = {(name, kind): tokens * count for name, count in CALLS.items()}
     assert kernels.calls == calls | ({} if options else {("argmax", kind): tokens})
+
+
+@pytest.mark.parametrize("kind", [SYCL, "triton"])
+def test_experts_give_the_cpus_tokens(kind: str) -> None:
+    """The prompt's tokens are put in the order of their experts, the new ones run alone; SYCL has linears of experts only."""
+    config = llm.WeightOnlyQuantConfig(weight_dtype="int4", group_size=32)
+    with torch.no_grad():
+        fast = llm.optimize(expert_model("qwen2_moe"), quantization_config=config)
+        generate = {**padded_batch(1, 9), "max_new_tokens": 4, "do_sample": False}
+        expected = fast.generate(**generate)
+        with xpu.install("cpu", kind, strict=True) as kernels:
+            actual = fast.generate(**generate)
+    assert torch.equal(actual, expected)
+    assert kernels.calls["quant_experts", "triton" if kind == "triton" else "torch"] == 2 * 4
+    assert {called for _, called in kernels.calls} <= {kind, "torch"}
+
+
+@pytest.mark.parametrize("kind", [SYCL, "triton"])
+def test_static_int8_gives_the_cpus_tokens(kind: str, tmp_path: Path) -> None:
+    config, summary = llm.StaticQuantConfig(), tmp_path / "q.json"
+    with torch.no_grad():
+        prepared = llm.optimize(tiny_model("llama"), quantization_config=config)
+        prepared(**padded_batch())
+        llm.save_qconf_summary(prepared, summary)
+        fast = llm.optimize(tiny_model("llama"), quantization_config=config, qconfig_summary_file=summary)
+        generate = {**padded_batch(1, 5), "max_new_tokens": 2, "do_sample": False}
+        expected = fast.generate(**generate)
+        with xpu.install("cpu", kind, strict=True) as kernels:
+            actual = fast.generate(**generate)
+    assert torch.equal(actual, expected)
+    assert kernels.calls["static_linear", "triton" if kind == "triton" else "torch"] == 9 * 2

@@ -19,7 +19,7 @@ from llmrt.xpu.triton.compile_ahead import compile_all, covering
 print(json.dumps([vars(row) for row in compile_all(covering())]))
 """
 KERNELS = {"_norm", "_gated", "_largest", "_position", "_rope", "_rope_append", "_kv_append", "_round_rows", "_vector"}
-KERNELS |= {"_matmul", "_attention"}
+KERNELS |= {"_matmul", "_join", "_attention", "_merge", "_permute", "_weigh", "_static_matmul", "_static_join"}
 #: Products of float32 hold a whole head in registers, and these are converted on the way into them.
 SPILLING = {"attention: 512 tokens, D 256, float16, other cache"}
 

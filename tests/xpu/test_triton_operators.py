@@ -12,7 +12,7 @@ from llmrt.xpu.route import ROUTES, import_routes
 import_routes()
 SERVED = sorted(operator for operator, kind in ROUTES if kind == "triton")
 #: Interpreted, a sample of these takes a tenth of a second and more; a GPU runs all of them.
-SLOW = {"attention", "kv_append", "quant_linear", "rope", "rope_append"}
+SLOW = {"attention", "kv_append", "quant_experts", "quant_linear", "rope", "rope_append", "static_linear"}
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, where the interpreter divides by 0 and rounds NaN

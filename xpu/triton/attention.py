@@ -20,6 +20,8 @@ from .launch import launch, refuses_double, strides
 
 #: Wider heads would need more local memory than there is, or a kernel that splits them.
 WIDEST_HEAD = 256
+#: Spans of cached tokens start at multiples of this many, which every block size divides.
+MOST_AT_ONCE = 128
 
 
 @triton.jit
@@ -39,15 +41,16 @@ def load_scale(cache, row, t, width, inside, c_r, c_h, c_t, head):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["length"])  # it grows with every token
-def _attention(query, key, value, mask, slopes, sinks, rows, y, tokens, length, cache_rows, width, value_width, heads, scale,
+@triton.jit(do_not_specialize=["length", "span"])  # they grow with the text
+def _attention(query, key, value, mask, slopes, sinks, rows, y, partial, tokens, length, span, cache_rows, width, value_width, heads, scale,
                window, softcap, q_b, q_s, q_h, q_d, k_r, k_h, k_t, v_r, v_h, v_t, m_b, m_h, m_s, m_t, r_b, r_t, sink_h,
                GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOOLEAN: tl.constexpr,
                INT8: tl.constexpr, FACTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_DV: tl.constexpr):  # fmt: skip
     """Row m of a program's block is query token m // GROUP and head m % GROUP of the group that shares a key/value head.
 
-    query: [B, S, H, D]; key, value: [R, Hk, C, D or Dv]; mask: [B, H, S, >= length]; y: contiguous [B, S, H, Dv].
+    query: [B, S, H, D]; key, value: [R, Hk, C, D or Dv]; mask: [B, H, S, >= length]; y: contiguous [B, S, H, Dv]. With partial
+    [spans, B, S, H, Dv + 2] each program sees only its span of tokens and writes weighted values, highest score and sum of weights.
     """
     kv_heads = heads // GROUP
     b = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -63,6 +66,8 @@ def _attention(query, key, value, mask, slopes, sinks, rows, y, tokens, length, 
     total = tl.zeros((BLOCK_M,), tl.float32)
     if sinks is not None:  # as if a token with this score and no value had been seen
         highest = tl.load(sinks + h * sink_h, alive, other=0.0).to(tl.float32)
+        if partial is not None:  # the first span alone counts it
+            highest = tl.where(tl.program_id(2) == 0, highest, float("-inf"))
         total = tl.where(highest > float("-inf"), 1.0, 0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     first, last = 0, length
@@ -72,6 +77,9 @@ def _attention(query, key, value, mask, slopes, sinks, rows, y, tokens, length, 
     if WINDOW:
         oldest = length - tokens + tl.program_id(0) * BLOCK_M // GROUP - window + 1
         first = tl.maximum(oldest, 0) // BLOCK_T * BLOCK_T
+    if partial is not None:
+        first += tl.program_id(2) * span
+        last = tl.minimum(last, first + span)
     for t0 in range(first, last, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         cached = t < length
@@ -127,9 +135,33 @@ def _attention(query, key, value, mask, slopes, sinks, rows, y, tokens, length, 
                 v = (v.to(tl.float32) * v_scale).to(FACTOR)
             acc = acc * fade[:, None] + tl.dot(weight.to(FACTOR), v, input_precision="ieee")
             highest = raised
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    out = y + ((b * tokens + s) * heads + h)[:, None] * value_width + dv[None, :]
-    tl.store(out, acc.to(y.dtype.element_ty), alive[:, None] & (dv < value_width)[None, :])
+    out, stored = (b * tokens + s) * heads + h, alive[:, None] & (dv < value_width)[None, :]
+    if partial is not None:
+        batch = tl.num_programs(1) // kv_heads
+        start = partial + (tl.program_id(2).to(tl.int64) * batch * tokens * heads + out) * (value_width + 2)
+        tl.store(start[:, None] + dv[None, :], acc, stored)
+        tl.store(start + value_width, highest, alive)
+        tl.store(start + value_width + 1, total, alive)
+    else:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(y + out[:, None] * value_width + dv[None, :], acc.to(y.dtype.element_ty), stored)
+
+
+@triton.jit
+def _merge(partial, y, heads, spans, value_width, SPANS: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """One query token and head: the mean of all spans' values, each by its weights beside the highest score of all."""
+    row = tl.program_id(0).to(tl.int64)
+    i, dv = tl.arange(0, SPANS), tl.arange(0, BLOCK_DV)
+    start = partial + (i.to(tl.int64) * heads + row) * (value_width + 2)
+    highest = tl.load(start + value_width, i < spans, other=float("-inf"))
+    total = tl.load(start + value_width + 1, i < spans, other=0.0)
+    base = tl.max(highest, 0)
+    fade = tl.exp(highest - tl.where(base == float("-inf"), 0.0, base))
+    inside = (i < spans)[:, None] & (dv < value_width)[None, :]
+    acc = tl.load(start[:, None] + dv[None, :], inside, other=0.0) * fade[:, None]
+    total = tl.sum(total * fade, 0)
+    mean = tl.sum(acc, 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(y + row * value_width + dv, mean.to(y.dtype.element_ty), dv < value_width)
 
 
 def _refuses(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> str | None:
@@ -201,10 +233,17 @@ def attention(
     group = heads // kv_heads
     expanded, factor = _expanded(mask, query), _factor_dtype(query, key)
     plain = mask is None and slopes is None and key.dtype == query.dtype and window == softcap == 0
+    choices = blocks.attention(tokens * group, width, value_width, factor != tl.float32, plain)
+    spans, span = 1, length
+    if all(tokens * group <= b.sizes["BLOCK_M"] for b in choices):
+        seen = min(length, window + tokens + MOST_AT_ONCE) if window else length
+        spans, span = blocks.shared(seen, blocks.spans(batch * kv_heads, seen), MOST_AT_ONCE)
+    kept = (spans, batch, tokens, heads, value_width + 2)
+    partial = torch.empty(kept, dtype=torch.float32, device=query.device) if spans > 1 else None
     launch(
         _attention,
-        blocks.attention(tokens * group, width, value_width, factor != tl.float32, plain),
-        lambda b: (triton.cdiv(tokens * group, b.sizes["BLOCK_M"]), batch * kv_heads),
+        choices,
+        lambda b: (triton.cdiv(tokens * group, b.sizes["BLOCK_M"]), batch * kv_heads, spans),
         (tokens, group, batch * kv_heads, width, value_width, query.dtype, key.dtype, plain, blocks.power(length)),
         *(
             query,
@@ -215,8 +254,10 @@ def attention(
             sinks,
             rows,
             y,
+            partial,
             tokens,
             length,
+            span,
             key.shape[0],
             width,
             value_width,
@@ -233,4 +274,12 @@ def attention(
         INT8=key.dtype == torch.int8,
         FACTOR=factor,
     )
+    if partial is not None:
+        launch(
+            _merge,
+            blocks.merge(spans, value_width),
+            lambda b: (batch * tokens * heads,),
+            (),
+            *(partial, y, batch * tokens * heads, spans, value_width),
+        )
     return y

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ...ops.formats import Layout
+
 #: Elements of a row that one program holds in registers: 1024 threads with 32 each.
 LONGEST_ROW = 32768
+#: Multiprocessors of an H100. With fewer programs than these some would idle, and a loop's latency would be all that counts; to get
+#: there, work is shared by as many as keep four programs on each, which hide each other's.
+PROCESSORS = 132
+WANTED = 4 * PROCESSORS
+#: Each of the programs that share inputs or cached tokens has at least as many, or the second kernel would cost more than it saves.
+FEWEST_INPUTS, FEWEST_TOKENS, MOST_PARTS = 512, 256, 64
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,11 @@ def elements(width: int) -> tuple[Blocks, ...]:
     )
 
 
+def columns(width: int) -> tuple[Blocks, ...]:
+    """Elements of one row: 1024 per program."""
+    return (Blocks({"BLOCK": power(width) if width <= 1024 else 1024}),)
+
+
 def heads(width: int) -> tuple[Blocks, ...]:
     """Heads of one or more tokens: 2048 elements per program, at least one head."""
     block = power(width)
@@ -67,6 +80,40 @@ def segments(segment: int) -> tuple[Blocks, ...]:
     return tuple(Blocks({"SEGMENTS": n // segment}) for n in (2048, 1024, 4096))
 
 
+def parts(programs: int, rows: int, inputs: int, bits: int) -> int:
+    """Return how many parts of the inputs programs of their own sum up: 1 where there are enough programs without that.
+
+    Writing and reading the sums, 8 bytes for each row and output, moves at most half as much as reading the weight.
+    """
+    if programs >= PROCESSORS:
+        return 1
+    return max(1, min(inputs // FEWEST_INPUTS, MOST_PARTS, WANTED // programs, inputs * bits // (128 * rows)))
+
+
+def spans(programs: int, tokens: int) -> int:
+    """Return how many spans of cached tokens programs of their own attend to: 1 where there are enough programs without that."""
+    return 1 if programs >= PROCESSORS else max(1, min(tokens // FEWEST_TOKENS, MOST_PARTS, WANTED // programs))
+
+
+def shared(size: int, parts: int, block: int = 1) -> tuple[int, int]:
+    """Return how many parts `size` things have that are each the same multiple of `block` but the last, at most `parts`, and that size."""
+    each = -(-size // (parts * block)) * block
+    return -(-size // each), each
+
+
+def joins(rows: int) -> tuple[Blocks, ...]:
+    """The sum of parts: 2048 elements of a few rows, or of one."""
+    few = min(power(rows), 16)
+    return (Blocks({"BLOCK_M": few, "BLOCK_N": 64 if few > 1 else 128}, 4 if few > 1 else 1),)
+
+
+def one_row_by_matrix_units(layout: Layout, int8: bool) -> bool:
+    """Return whether one row takes the kernel of 16: of integers with integers, whose codes become bytes four at once and whose weight is
+    read ahead, that takes 3 instructions per code where `vector` takes 5 (compute capability 9.0); other codes are made floats one by one.
+    """
+    return int8 and layout.format.integer
+
+
 def vector(outputs: int, gated: bool) -> tuple[Blocks, ...]:
     """One row times a weight: bound by reading it. 32 outputs = one tile's width (both halves of a gated pair); a step reads 64 dwords of
     each output, 8 KB, so that 4 warps have 16 loads in flight; few outputs take half a tile per program to fill the device."""
@@ -76,14 +123,17 @@ def vector(outputs: int, gated: bool) -> tuple[Blocks, ...]:
     return (default, *(b for b in wide if b != default))
 
 
-def matmul(m: int, n: int, sixteen_bits: bool) -> tuple[Blocks, ...]:
-    """Rows times a weight: 16 rows are the least that matrix units take; many rows share each dequantized tile, float32 (no matrix units)
-    takes half of them, as its accumulators and operands are wider."""
-    if m <= 16:
-        return tuple(Blocks({"BLOCK_M": 16, "BLOCK_N": bn}, w, s) for bn, w, s in ((32, 2, 4), (64, 4, 3), (128, 4, 3)))
+def matmul(m: int, n: int, sixteen_bits: bool, crowded: bool = False) -> tuple[Blocks, ...]:
+    """Rows times a weight, or (m rows each) those of experts: 16 rows are the least that matrix units take; many rows share each
+    dequantized tile, float32 (no matrix units) takes half of them, as its accumulators and operands are wider. Look-ups and finding the
+    rows of an expert take registers too (crowded)."""
     sizes: tuple[tuple[int, int, int, int], ...]
-    if m <= 64 or n <= 1024:
+    if m <= 16:
+        sizes = ((16, 32, 2, 4), (16, 64, 4, 3), (16, 128, 4, 3)) if sixteen_bits else ((16, 32, 4, 3), (16, 32, 2, 3))
+    elif m <= 64 or n <= 1024:
         sizes = ((32, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 4))
+    elif sixteen_bits and crowded:
+        sizes = ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3))
     elif sixteen_bits:
         sizes = ((128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4))
     else:
@@ -113,3 +163,9 @@ def attention(rows: int, width: int, value_width: int, sixteen_bits: bool, plain
     else:
         sizes = ((16, 16, 8),)
     return tuple(Blocks({"BLOCK_M": m, "BLOCK_T": t, "BLOCK_D": d, "BLOCK_DV": dv}, w, 2) for m, t, w in sizes)
+
+
+def merge(spans: int, value_width: int) -> tuple[Blocks, ...]:
+    """The mean over spans: one program holds what all of them have for one head, so that it is read at once."""
+    held, width = power(spans), power(value_width)
+    return (Blocks({"SPANS": held, "BLOCK_DV": width}, max(1, min(8, held * width // 1024))),)

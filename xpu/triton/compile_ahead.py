@@ -79,14 +79,18 @@ def _resources(kernel: Any) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _packed(n: int, k: int, layout: str, *first: int) -> Tensor:
+    """Return bytes of the size of a packed weight; they are never read."""
+    sizes = Layout.parse(layout).geometry(k)
+    return torch.empty((*first, n // 32, sizes.tiles, sizes.tile_bytes), dtype=torch.uint8)
+
+
 def _linear(m: int, layout: str, compute: str, epilogue: str = "none", dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Return a call of quant_linear with a 4096 x 4096 weight; its bytes are never read."""
-    form, n = Layout.parse(layout), 4096
-    sizes = form.geometry(n)
-    weight = torch.empty((n // 32, sizes.tiles, sizes.tile_bytes), dtype=torch.uint8)
-    gated = epilogue.endswith("_mul")
+    """Return a call of quant_linear with a 4096 x 4096 weight; with a 1024 x 4096 one for float32, whose inputs are shared then."""
+    n = 1024 if dtype == torch.float32 else 4096
+    weight, gated = _packed(n, 4096, layout), epilogue.endswith("_mul")
     out = n // 2 if gated else n
-    bias, x = torch.empty(n, dtype=dtype) if m > 1 else None, torch.empty((m, n), dtype=dtype)
+    bias, x = torch.empty(n, dtype=dtype) if m > 1 else None, torch.empty((m, 4096), dtype=dtype)
     other = torch.empty((m, out), dtype=dtype) if epilogue in ("add", "mul") else None
     return f"{m} rows, {layout}, {compute}, {epilogue}", (x, weight, bias, other, layout, out, compute, epilogue)
 
@@ -102,9 +106,52 @@ def _linear_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield _linear(512, "nf4_sym_g64_bf16", "bf16", "mul")
     yield _linear(16, "nf4_sym_g64_bf16", "int8", "relu", torch.float32)
     yield _linear(512, "fp4_e2m1_sym_g32_bf16", "fp32", "silu", torch.float32)
+    yield _linear(16, "fp8_e4m3_sym_channel_f32", "fp32", "none", torch.float32)
     yield _linear(1, "fp8_e4m3_sym_g32_e8m0", "bf16", "gelu_tanh")
     yield _linear(512, "fp8_e4m3_sym_channel_f32", "bf16", "gelu_mul")
     yield _linear(512, "fp8_e5m2_sym_g100_e8m0", "fp16")
+
+
+def _expert_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield calls of experts of 4096 x 1024: of few tokens, whose pairs run alone, and of many, which are put in order."""
+
+    def call(
+        tokens: int,
+        experts: int,
+        layout: str,
+        compute: str,
+        down: str,
+        down_compute: str,
+        dtype: torch.dtype,
+        permuted: bool,
+    ) -> Any:
+        x, indices = torch.empty(tokens, 4096, dtype=dtype), torch.zeros(tokens, 2, dtype=torch.int64)
+        scores = torch.empty(tokens, 2, dtype=torch.float32 if permuted else dtype)
+        weights = (_packed(2048, 4096, layout, experts), _packed(4096, 1024, down, experts))
+        perms = [torch.zeros(experts, n, dtype=torch.int32) if permuted else None for n in (4096, 1024)]
+        args = (x, indices, scores, *weights, *perms, layout, down, 1024, compute, down_compute, "silu")
+        return f"{tokens} tokens, {layout}, {compute}, {down}, {down_compute}{', permuted' * permuted}", args
+
+    int4, int8, bf16 = "int4_sym_g128_bf16", "int8_asym_g64_f32", torch.bfloat16
+    for tokens, experts in ((1, 8), (64, 128), (512, 8)):
+        yield call(tokens, experts, int4, "int8", int4, "int8", bf16, False)
+        yield call(tokens, experts, int8, "int8", "nf4_sym_g64_bf16", "bf16", torch.float16, True)
+    yield call(512, 128, "fp8_e4m3_sym_channel_f32", "bf16", int4, "fp32", bf16, False)
+    yield call(512, 128, "nf4_sym_g64_bf16", "fp32", int8, "fp16", torch.float32, False)
+
+
+def _static_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    layout = "int8_sym_channel_f32"
+    for m, epilogue, dtype in (
+        *((1, "none", torch.bfloat16), (16, "silu_mul", torch.bfloat16), (1, "gelu_mul", torch.float16)),
+        *((512, "none", torch.bfloat16), (512, "gelu_tanh_mul", torch.float32), (512, "add", torch.float16)),
+    ):
+        out = 2048 if epilogue.endswith("_mul") else 4096
+        bias, factors = (torch.empty(4096), torch.ones(4096)) if out == 2048 else (None, None)
+        other = torch.empty(m, out, dtype=dtype) if epilogue == "add" else None
+        weight, sums = _packed(4096, 4096, layout), torch.zeros(4096, dtype=torch.int32)
+        x = torch.empty(m, 4096, dtype=dtype)
+        yield f"{m} rows, {epilogue}", (x, weight, sums, bias, other, factors, 0.1, 100, layout, out, epilogue)
 
 
 def _attention_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -175,6 +222,8 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield from _row_calls()
     yield from _head_calls()
     yield from (("quant_linear", *call) for call in _linear_calls())
+    yield from (("quant_experts", *call) for call in _expert_calls())
+    yield from (("static_linear", *call) for call in _static_calls())
     yield from (("attention", *call) for call in _attention_calls())
 
 

@@ -38,6 +38,28 @@ def value_of(code, book, CODING: tl.constexpr, CENTER: tl.constexpr):
 
 
 @triton.jit
+def factor_at(dwords, i, book, BITS: tl.constexpr, CODING: tl.constexpr):
+    """What is multiplied for the codes of input i: of 4-bit integers 1 + code / 16, which is two operations on bits, else their values."""
+    if CODING == "integer" and BITS == 4:
+        at = 8 * (i % 4) + 4 * (i // 4)  # to the highest bits of a float's fraction
+        moved = dwords << (19 - at) if at <= 19 else dwords >> (at - 19)
+        factor = ((moved & 0x780000) | 0x3F800000).to(tl.float32, bitcast=True)
+    else:
+        factor = value_of(code_at(dwords, i, BITS), book, CODING, 0)
+    return factor
+
+
+@triton.jit
+def factors_sum(part, total, shift, BITS: tl.constexpr, CODING: tl.constexpr, CENTER: tl.constexpr):
+    """The sum of a * (value + shift) from that of a * `factor_at` (part) and that of a (total)."""
+    if CODING == "integer" and BITS == 4:
+        part = 16.0 * part + total * (shift - (CENTER + 16))
+    elif CODING == "integer":
+        part += total * (shift - CENTER)
+    return part
+
+
+@triton.jit
 def scale_of(stored, E8M0: tl.constexpr):
     """Scales in float32; those of e8m0 are exponents."""
     if E8M0:
@@ -62,15 +84,56 @@ def input_of(p, group, padded_group, inputs, PADDED: tl.constexpr):
 
 
 @triton.jit
-def segment_codes(codes, base, segment, outputs_inside, BITS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr,
-                  TILE_DWORDS: tl.constexpr):  # fmt: skip
-    """The codes [SEGMENT, BLOCK_N] of one segment; base: [1, BLOCK_N] the first dword of each output."""
+def segment_dwords(
+    codes, base, segment, outputs_inside, BITS: tl.constexpr, SEGMENT: tl.constexpr, TILE_DWORDS: tl.constexpr
+):
+    """The dwords [BLOCK_N, SEGMENT / codes of a dword] of one segment; base: [1, BLOCK_N] the first dword of each output."""
     PER: tl.constexpr = 32 // BITS
     first = segment * SEGMENT
-    r = (first % 128) // PER + tl.arange(0, SEGMENT // PER)[:, None]
-    dwords = tl.load(codes + base + (first // 128) * TILE_DWORDS + r * 32, outputs_inside, other=0)
-    i = tl.arange(0, PER)[None, :, None]
-    return tl.reshape(code_at(dwords[:, None, :], i, BITS), (SEGMENT, BLOCK_N))
+    r = (first % 128) // PER + tl.arange(0, SEGMENT // PER)[None, :]
+    at = tl.trans(base + (first // 128) * TILE_DWORDS) + r * 32
+    return tl.load(codes + at, tl.trans(outputs_inside), other=0)
+
+
+@triton.jit
+def _two(dwords, i, j, BITS: tl.constexpr):
+    return tl.join(code_at(dwords, i, BITS), code_at(dwords, j, BITS))
+
+
+@triton.jit
+def segment_codes(codes, base, segment, outputs_inside, BITS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr,
+                  TILE_DWORDS: tl.constexpr):  # fmt: skip
+    """The codes [SEGMENT, BLOCK_N] of one segment as int32. Joined, those of one dword stay in one thread as neighbors along the inputs, so
+    that they go to where matrix units read them in whole words."""
+    dwords = segment_dwords(codes, base, segment, outputs_inside, BITS, SEGMENT, TILE_DWORDS)
+    if BITS == 4:
+        even = tl.join(_two(dwords, 0, 4, BITS), _two(dwords, 2, 6, BITS))
+        odd = tl.join(_two(dwords, 1, 5, BITS), _two(dwords, 3, 7, BITS))
+    else:
+        even, odd = _two(dwords, 0, 2, BITS), _two(dwords, 1, 3, BITS)
+    return tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, SEGMENT)))
+
+
+@triton.jit
+def _bytes(dwords):
+    """The four bytes of each dword in a new last dimension."""
+    even = tl.join(dwords.to(tl.int8), (dwords >> 16).to(tl.int8))
+    odd = tl.join((dwords >> 8).to(tl.int8), (dwords >> 24).to(tl.int8))
+    return tl.join(even, odd)
+
+
+@triton.jit
+def segment_integers(codes, base, segment, outputs_inside, BITS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr,
+                     TILE_DWORDS: tl.constexpr):  # fmt: skip
+    """The codes [SEGMENT, BLOCK_N] of one segment less 8 (4 bit) or 128 (8 bit) as int8, four at once."""
+    dwords = segment_dwords(codes, base, segment, outputs_inside, BITS, SEGMENT, TILE_DWORDS)
+    if BITS == 4:  # a byte's highest bit is set so that subtracting does not borrow from its neighbor, and flipped back
+        low, high = dwords & 0x0F0F0F0F, (dwords >> 4) & 0x0F0F0F0F
+        low, high = (low | -0x7F7F7F80) - 0x08080808, (high | -0x7F7F7F80) - 0x08080808
+        parts = tl.join(low ^ -0x7F7F7F80, high ^ -0x7F7F7F80)
+    else:
+        parts = dwords ^ -0x7F7F7F80
+    return tl.trans(tl.reshape(_bytes(parts), (BLOCK_N, SEGMENT)))
 
 
 class Packed:
@@ -119,10 +182,10 @@ def _book(layout: str, compute: str, device: torch.device) -> Tensor:
     return _books[key]
 
 
-def refuses_weight(weight: Tensor) -> str | None:
+def refuses_weight(weight: Tensor, name: str = "weight") -> str | None:
     """Say why the kernels cannot read a packed weight."""
     if not weight.is_contiguous() or weight.storage_offset() % 4:
-        return "weight is not contiguous or starts at no multiple of 4 bytes"
+        return f"{name} is not contiguous or starts at no multiple of 4 bytes"
     return None
 
 
