@@ -61,8 +61,8 @@ def optimize(
             weight (plus the quantized weights and one layer if the method calibrates or smooths, which changes nothing before it is done).
             Should memory run out in the middle of that, the model is marked unusable and an error says so.
         device: what the result runs on: "cpu", "xpu" (Intel GPUs) or "cuda" (a guest: Triton kernels), also "xpu:1". The model is given on
-            the CPU and quantized there; the packed weights have the same bytes everywhere. Off the CPU the modules run, no captured
-            graphs, and the given model stays on the CPU unless inplace is True.
+            the CPU and quantized there; the packed weights have the same bytes everywhere. The given model stays on the CPU
+            unless inplace is True. Token ids and masks belong on the device too.
         quantization_config: a `WeightOnlyQuantConfig`, a `StaticQuantConfig`, or None for floating point. Weights that stay
             floating point move to pages of 2 MB where the system has them (0.3 to 2 s per GB, unless `dtype` copies them anyway).
         qconfig_summary_file: for a `StaticQuantConfig`: what `save_qconf_summary` wrote. Without it the result is the model as it is,
@@ -141,8 +141,6 @@ def _optimized(
             f"kv_dtype is {kv_dtype!r}, but {type(model).__name__} does not use llmrt's cache: leave it out"
         )
     reason = undeployable(model) if deployment_mode else None
-    if device.type != "cpu" and deployment_mode:
-        reason = f"graphs are captured on the CPU only, not on {device}"
     if reason is not None:
         plan.report.add("", "forward", reason=reason, expected=False)
     if strict:
