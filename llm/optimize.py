@@ -18,6 +18,7 @@ from .convert import Converter
 from .deployment import undeployable
 from .linear import CanonicalLinear, QuantLinear, SiblingLinear
 from .memory import weight_bytes
+from .moving import move
 from .plan import Planner
 from .quantization import WeightOnlyQuantConfig
 from .quantized import added_biases, saved_config, stored_config
@@ -35,7 +36,7 @@ def optimize(
     optimizer: Any = None,
     dtype: torch.dtype | None = None,
     inplace: bool = False,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     quantization_config: WeightOnlyQuantConfig | StaticQuantConfig | None = None,
     qconfig_summary_file: str | os.PathLike[str] | None = None,
     low_precision_checkpoint: Any = None,
@@ -161,24 +162,11 @@ def _optimized(
         Converter(*options, calibrated).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
-    _move(result, device)
+    move(result, device)
     choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
         _mark_quantized(result, quantization_config if static is None else static[2], biased)
     return result
-
-
-def _move(model: Any, device: torch.device) -> None:
-    """Move a model and register the device's kernels; parameters are replaced, as others may share them."""
-    if device.type == "cpu":
-        return
-    devices.load(device)
-    before = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        model.to(device)
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
 def _is_stored(model: Any) -> bool:
