@@ -2,15 +2,19 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from elsewhere import Indexing, pretend
 from torch import Tensor
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 
 from llmrt import llm
+from llmrt.llm import attention, deployment
 from llmrt.llm.captured_forward import CapturedForward, learn_kinds
+from llmrt.llm.greedy import GreedySearch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "llm"))
 
@@ -86,3 +90,47 @@ def test_tensors_on_another_device_run_the_modules() -> None:
         assert prepared(ids, position_ids=torch.ones_like(ids, device="meta")) is None
         assert prepared(ids) is not None
     assert not model.forward.reasons and len(model.forward.graphs) == 1
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Whatever is read of tensors without values is 0; returns what was read as a number."""
+    found: list[Tensor] = []
+    for module in (deployment, attention):
+        monkeypatch.setattr(module, "bool", lambda x: not isinstance(x, Tensor) and bool(x), raising=False)
+    monkeypatch.setattr(deployment, "float", lambda x: found.append(x) or 0.0, raising=False)
+    return found
+
+
+def test_graphs_run_where_the_model_is(compared: list[Tensor]) -> None:
+    """The meta device stands for a GPU. Every graph is compared with the modules in a trial run there, and greedy search of one row, which
+    no token ends, waits for no value."""
+    meta = torch.device("meta")
+    model = llm.optimize(tiny_model("llama"), quantization_config=INT4, strict=True).to(meta)
+    batch = {key: value.to(meta) for key, value in padded_batch().items()}
+    one, tokens = batch["input_ids"][:1], torch.empty(3, 1, dtype=torch.int64, device=meta)
+    cache = llm.KVCache(model.config)
+    with torch.no_grad():
+        out = model(**batch, past_key_values=cache)
+        model(tokens, past_key_values=cache)
+        cache.reorder_cache(tokens[:, 0])
+        model(tokens, past_key_values=cache, position_ids=tokens)
+        sequences = GreedySearch()(
+            model,
+            one,
+            [],
+            StoppingCriteriaList([MaxLengthCriteria(16)]),
+            SimpleNamespace(**vars(model.generation_config), _pad_token_tensor=None),
+            past_key_values=llm.KVCache(model.config),
+            use_cache=True,
+            attention_mask=torch.ones_like(one),
+        )
+    assert out.logits.device == sequences.device == meta and sequences.shape == (1, 16)
+    assert [graph.partition(":")[0] for graph in model.optimization_report.graphs] == [
+        "several tokens, several rows, padding, all logits",
+        "one token, several rows",
+        "one token, several rows, beams",
+        "several tokens, one row, padding, all logits",
+        "one token, one row, padding",
+    ]
+    assert len(compared) == 5 and all(value.is_meta for value in compared)
