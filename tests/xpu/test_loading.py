@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from test_devices import held_tensors
+from typer.testing import CliRunner
 
 from llmrt import devices, llm
 from llmrt.llm import moving
+from llmrt.llm.cli import app
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "llm"))
 
@@ -126,3 +128,19 @@ def test_a_missing_device_is_said_before_anything_is_read(options: dict[str, Any
 def test_devices_that_cannot_be(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "nothing", **options)
+
+
+@pytest.mark.parametrize("command", [("generate", "x = "), ("chat",), ("perplexity", "--demo-held-out")])
+def test_commands_take_a_device(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the loader; an absent one ends the command with a message."""
+    asked = []
+    monkeypatch.setattr(devices, "load", asked.append)
+    result = CliRunner().invoke(app, [*command, "--device", "tpu"])
+    assert result.exit_code == 2 and "--device: device is 'tpu'; valid: 'cpu', 'xpu', 'cuda'" in result.output
+    monkeypatch.setattr(devices, "check", torch.device)
+    monkeypatch.setattr(moving, "transferred", lambda tensor, device: tensor.clone())
+    result = CliRunner().invoke(
+        app, [*command, "--device", "xpu:1", *("--windows", "1") * (command[0] == "perplexity")], ""
+    )
+    assert result.exit_code == 0, result.output
+    assert asked == [torch.device("xpu:1")]

@@ -10,8 +10,9 @@ from comparing import RTOL, compare_with_double
 from sample_checks import check_samples
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmrt import ops, xpu
+from llmrt import llm, ops, xpu
 from llmrt.ops import Layout
 from llmrt.ops.linear import EPILOGUES, _linear_sample
 from llmrt.ops.operator import Sample
@@ -163,3 +164,36 @@ def test_fake_tensors_of_an_xpu(epilogue: str, monkeypatch: pytest.MonkeyPatch) 
 def test_views_are_refused(operator: None) -> None:
     x, weight, *others = sample(torch.bfloat16).args
     assert "is a view" in ROUTE.refuses(x, torch.stack([weight, weight])[0], *others)
+
+
+def test_a_models_prompt_runs_it_and_its_steps_do_not(operator: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strict, by the table: of 20 tokens the linears are oneDNN's but for the head, which is INT8 and of one row."""
+    monkeypatch.setenv(onednn.ASKED_BY, "1")
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 96,
+    }
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64)).eval().requires_grad_(False)
+    config = llm.WeightOnlyQuantConfig(weight_dtype="int4", group_size=32, compute_dtype="bf16")
+    model = llm.optimize(plain, dtype=torch.bfloat16, quantization_config=config, strict=True)
+    ids = torch.randint(96, (1, 20))
+
+    def logits(cache: llm.KVCache, ids: Tensor) -> Tensor:
+        out: Tensor = model(ids, past_key_values=cache, logits_to_keep=1).logits.float()
+        return out
+
+    with torch.no_grad():
+        cache = llm.KVCache(model.config)
+        expected = [logits(cache, ids), logits(cache, ids[:, :1])]
+        with xpu.install("cpu", strict=True) as kernels:
+            cache = llm.KVCache(model.config)
+            prompt = logits(cache, ids)
+            assert kernels.calls["quant_linear", "torch"] == 4 * 2
+            step = logits(cache, ids[:, :1])
+        assert kernels.calls["quant_linear", "torch"] == 4 * 2
+    for actual, wanted in zip((prompt, step), expected, strict=True):
+        assert (actual - wanted).norm() < 0.02 * wanted.norm()
