@@ -38,6 +38,12 @@ class Kinds(NamedTuple):
     kinds: tuple[Kind | None, ...]
     readers: tuple[nn.Module | None, ...]
 
+    @property
+    def device(self) -> torch.device:
+        """Of the keys and values, which is where the model runs."""
+        assert self.kinds[0] is not None
+        return self.kinds[0][4]
+
 
 class Key(NamedTuple):
     """What makes another graph whatever the sizes are."""
@@ -121,7 +127,7 @@ def learn_kinds(model: Any) -> Kinds:
     """Return what a model appends to each layer of a cache, found out over fake tensors."""
     capture = Capture()
     cache = TracedCache(model.config.get_text_config(decoder=True).num_hidden_layers, TracedRows(None, 1), 0)
-    ids = capture.tensor((1, 2), torch.int64)
+    ids = capture.tensor((1, 2), torch.int64, model.get_input_embeddings().weight.device)
     token = padding_is_known.set(False)
     try:
         with quiet_modes(), capture.mode:
@@ -174,13 +180,15 @@ class CapturedForward:
         batch, tokens = size("batch", 1 if key.one_row else None, 2), size("tokens", 1 if key.one_token else None, 2)
         length = size("length")
         rows, capacity = size("rows", 1 if key.one_cache_row else None, 2), size("capacity")
-        given: dict[str, Any] = {"input_ids": capture.tensor((batch, tokens), call.ids.dtype), "length": length}
+        ids = capture.tensor((batch, tokens), call.ids.dtype, kinds.device)
+        given: dict[str, Any] = {"input_ids": ids, "length": length}
         if key.mask:
-            given["attention_mask"] = capture.tensor((batch, length + tokens), torch.bool)
+            given["attention_mask"] = capture.tensor((batch, length + tokens), torch.bool, kinds.device)
         if key.positions:
-            given["position_ids"] = capture.tensor((1 if key.positions == 1 else batch, tokens), torch.int64)
+            shape = (1 if key.positions == 1 else batch, tokens)
+            given["position_ids"] = capture.tensor(shape, torch.int64, kinds.device)
         if key.table:
-            given["table"] = capture.tensor((batch, size("columns")), torch.int32)
+            given["table"] = capture.tensor((batch, size("columns")), torch.int32, kinds.device)
         if key.beams:
             given["beams"] = size("beams", least=2)
         buffers: list[Any] = []

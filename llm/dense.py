@@ -26,8 +26,8 @@ class DenseLinear(nn.Linear):
         if (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
             or type(x) not in _PLAIN
+            or torch.is_autocast_enabled(x.device.type)
             or type(weight) not in _PLAIN
             or weight.dtype not in _DTYPES
         ):

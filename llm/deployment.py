@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..passes.capture import quiet_modes
 from . import attention
 from .cache import KVCache
@@ -111,7 +112,7 @@ class Deployment(StandIn):
         """Return whether the arguments and torch's state are those of inference with a `KVCache`."""
         if type(kwargs.get("past_key_values")) is not KVCache or len(args) > 1 or model.training:
             return False
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or any(map(torch.is_autocast_enabled, devices.ALL)):
             return False
         if kwargs.get("use_cache") is None and not model.config.use_cache:
             return False
@@ -150,7 +151,7 @@ class Deployment(StandIn):
             ValueError: the cache does not fit.
         """
         cache = kwargs["past_key_values"]
-        if type(ids) is not Tensor or ids.dim() != 2 or ids.device.type != "cpu" or not ids.numel():
+        if type(ids) is not Tensor or ids.dim() != 2 or not ids.numel():
             return None
         start = cache.layers[0].length
         if not self._ready(model, thoroughly=start == 0 or ids.shape[1] > 1):
@@ -206,11 +207,13 @@ class Deployment(StandIn):
         """
         assert self._kinds is not None
         (batch, tokens), layers = ids.shape, cache.layers
-        start, kinds = layers[0].length, self._kinds.kinds
+        start, kinds, device = layers[0].length, self._kinds.kinds, self._kinds.device
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         keep = kwargs.get("logits_to_keep", 0)
         if type(keep) is not int or not (keep in (0, 1) or keep >= tokens) or len(layers) != len(kinds):
             return None  # models ask whether `keep` is an int, which a symbolic one is not
+        if any(isinstance(t, Tensor) and t.device != device for t in (ids, mask, positions)):
+            return None  # the modules say what is wrong
         if mask is not None:
             if type(mask) is not Tensor or mask.shape != (batch, start + tokens):
                 return None
@@ -267,14 +270,14 @@ class Deployment(StandIn):
         """Raise CaptureError unless graph and modules agree on a few tokens like those of the call, over caches of their own."""
         key, batch = call.key, call.ids.shape[0]
         past, tokens = 2, 1 if key.one_token else 3
-        known = model.get_input_embeddings().num_embeddings
-        ids = torch.randint(known, (batch, past + tokens), generator=torch.Generator().manual_seed(0))
+        known, device = model.get_input_embeddings().num_embeddings, call.ids.device
+        ids = torch.randint(known, (batch, past + tokens), generator=torch.Generator().manual_seed(0)).to(device)
         mask = torch.ones_like(ids, dtype=torch.bool) if key.mask else None
         if mask is not None:
             mask[0, 0] = False
         positions = None
         if key.positions:
-            positions = torch.arange(past + tokens).repeat(1 if key.positions == 1 else batch, 1)
+            positions = torch.arange(past + tokens, device=device).repeat(1 if key.positions == 1 else batch, 1)
 
         def part(start: int, end: int, cache: KVCache) -> dict[str, Any]:
             given = {

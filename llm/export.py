@@ -70,7 +70,11 @@ class CachedModel(nn.Module):
         self.rows = RowTable(1, model.config)
         cache = KVCache(model.config, max_length=1)
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+            model(
+                input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
         if not all(layer.is_initialized for layer in cache.layers):
             raise ValueError(
                 f"{type(model).__name__} has layers without a cache of their own; export cannot give them buffers"
@@ -90,11 +94,15 @@ class CachedModel(nn.Module):
         Returns:
             [B, 1, vocabulary].
         """
-        tokens, length = input_ids.shape[1], attention_mask.shape[1]
+        tokens, length, device = input_ids.shape[1], attention_mask.shape[1], attention_mask.device
         past = length - tokens
         # index_select, as a slice of all tokens would be another kind of tensor (contiguous) for a prompt than for a token
-        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0).index_select(1, torch.arange(past, length))
-        last = torch.arange(tokens - 1, tokens)
+        positions = (
+            (attention_mask.long().cumsum(-1) - 1)
+            .clamp(min=0)
+            .index_select(1, torch.arange(past, length, device=device))
+        )
+        last = torch.arange(tokens - 1, tokens, device=device)
         layers = [BufferLayer(self.rows, k, v, past) for k, v in zip(keys, values, strict=True)]
         logits: Tensor = self.model(
             input_ids=input_ids,
@@ -131,7 +139,7 @@ def export(model: Any, strict: bool = False) -> torch.export.ExportedProgram:
     """
     cached = CachedModel(model)
     keys, values = cached.caches(3, 16)
-    ids, mask = torch.zeros(3, 5, dtype=torch.int64), torch.ones(3, 9, dtype=torch.int64)
+    ids, mask = keys[0].new_zeros((3, 5), dtype=torch.int64), keys[0].new_ones((3, 9), dtype=torch.int64)
     dim = torch.export.Dim.DYNAMIC
     buffers = [{0: dim, 2: dim} for _ in keys]
     with torch.no_grad():

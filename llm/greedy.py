@@ -151,7 +151,7 @@ class Text:
                 self._most = min(criterion.max_length, self._most or criterion.max_length)
                 if self._most > (criterion.max_position_embeddings or self._most):
                     self._others.append(criterion)  # it warns when the text gets there
-        self._unfinished = torch.ones(ids.shape[0], dtype=torch.long)
+        self._unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
     @property
@@ -170,13 +170,15 @@ class Text:
             self._buffer = torch.cat([self._buffer, more], 1)
         self._buffer[:, self._length :][:, :1] = tokens
         self._length += 1
-        finished = self._one_finished(int(tokens)) if one else self._all_finished()
+        finished = self._one_finished(tokens) if one else self._all_finished()
         if self._streamer is not None:
             self._streamer.put(tokens[:, 0].cpu())
         return not finished
 
-    def _one_finished(self, token: int) -> bool:
-        finished = token in self._ends or (self._most is not None and self._length >= self._most)
+    def _one_finished(self, token: Tensor) -> bool:
+        finished = self._most is not None and self._length >= self._most
+        if not finished and self._ends:  # a GPU is waited for only if the value of the token matters
+            finished = int(token) in self._ends
         return finished | any([bool(criterion(self.ids, None).all()) for criterion in self._others])
 
     def _all_finished(self) -> bool:

@@ -18,6 +18,7 @@ from .convert import Converter
 from .deployment import undeployable
 from .linear import CanonicalLinear, QuantLinear, SiblingLinear
 from .memory import weight_bytes
+from .moving import move
 from .plan import Planner
 from .quantization import WeightOnlyQuantConfig
 from .quantized import added_biases, saved_config, stored_config
@@ -35,7 +36,7 @@ def optimize(
     optimizer: Any = None,
     dtype: torch.dtype | None = None,
     inplace: bool = False,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     quantization_config: WeightOnlyQuantConfig | StaticQuantConfig | None = None,
     qconfig_summary_file: str | os.PathLike[str] | None = None,
     low_precision_checkpoint: Any = None,
@@ -61,8 +62,8 @@ def optimize(
             weight (plus the quantized weights and one layer if the method calibrates or smooths, which changes nothing before it is done).
             Should memory run out in the middle of that, the model is marked unusable and an error says so.
         device: what the result runs on: "cpu", "xpu" (Intel GPUs) or "cuda" (a guest: Triton kernels), also "xpu:1". The model is given on
-            the CPU and quantized there; the packed weights have the same bytes everywhere. Off the CPU the modules run, no captured
-            graphs, and the given model stays on the CPU unless inplace is True.
+            the CPU and quantized there; the packed weights have the same bytes everywhere. The given model stays on the CPU
+            unless inplace is True. Token ids and masks belong on the device too.
         quantization_config: a `WeightOnlyQuantConfig`, a `StaticQuantConfig`, or None for floating point. Weights that stay
             floating point move to pages of 2 MB where the system has them (0.3 to 2 s per GB, unless `dtype` copies them anyway).
         qconfig_summary_file: for a `StaticQuantConfig`: what `save_qconf_summary` wrote. Without it the result is the model as it is,
@@ -141,8 +142,6 @@ def _optimized(
             f"kv_dtype is {kv_dtype!r}, but {type(model).__name__} does not use llmrt's cache: leave it out"
         )
     reason = undeployable(model) if deployment_mode else None
-    if device.type != "cpu" and deployment_mode:
-        reason = f"graphs are captured on the CPU only, not on {device}"
     if reason is not None:
         plan.report.add("", "forward", reason=reason, expected=False)
     if strict:
@@ -163,24 +162,11 @@ def _optimized(
         Converter(*options, calibrated).run()
     plan.report.bytes_after = weight_bytes(result)
     result.optimization_report = plan.report
-    _move(result, device)
+    move(result, device)
     choose_kv_dtype(result, kv_dtype)
     if quantization_config is not None:
         _mark_quantized(result, quantization_config if static is None else static[2], biased)
     return result
-
-
-def _move(model: Any, device: torch.device) -> None:
-    """Move a model and register the device's kernels; parameters are replaced, as others may share them."""
-    if device.type == "cpu":
-        return
-    devices.load(device)
-    before = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        model.to(device)
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
 def _is_stored(model: Any) -> bool:

@@ -39,7 +39,7 @@ def _agree(a: Any, b: Tensor) -> bool:
 def _attempt(function: Callable[[], Any]) -> Any:
     """Return the function's result with a fixed random state, or None if it raises: the module is not what it seems."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs too
         try:
             return function()
         except Exception:  # a foreign forward may raise anything

@@ -9,6 +9,8 @@ import torch
 
 #: Kinds of devices, and what torch calls them where it lacks them. CUDA is a guest: Triton and torch's own kernels only.
 NAMES = {"xpu": "Intel GPUs (XPU)", "cuda": "NVIDIA GPUs (CUDA)"}
+#: Kinds of devices that models run on.
+ALL = ("cpu", *NAMES)
 _installed: dict[str, Any] = {}
 
 
@@ -30,7 +32,7 @@ def check(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError):
         found = None
-    if found is None or found.type not in ("cpu", *NAMES):
+    if found is None or found.type not in ALL:
         raise ValueError(f"device is {device!r}; valid: 'cpu', 'xpu', 'cuda', also with a number, such as 'xpu:0'")
     if found.type == "cpu":
         return found

@@ -26,7 +26,7 @@ from .retrace import trace
 @contextmanager
 def quiet_modes() -> Iterator[None]:
     """Run without the caller's dispatch modes, inference mode, autocast and gradients: a capture is nobody else's business."""
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         yield
 
 
@@ -92,7 +92,7 @@ class Capture:
         assert isinstance(result, SymInt)
         return result
 
-    def tensor(self, shape: Sequence[int | SymInt], dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    def tensor(self, shape: Sequence[int | SymInt], dtype: torch.dtype, device: torch.device | str) -> Any:
         """Return a fake contiguous tensor."""
         with quiet_modes(), self.mode:
             return torch.empty(tuple(shape), dtype=dtype, device=device)

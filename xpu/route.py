@@ -62,8 +62,9 @@ def route(kind: str, operator: str, refuses: Callable[..., str | None] = _serves
 
 
 def import_routes() -> None:
-    """Import xpu/composed.py and every module of xpu/sycl and xpu/triton: they register routes. A missing package is noted."""
-    importlib.import_module(".composed", __package__)
+    """Import torch's routes and every module of xpu/sycl and xpu/triton: they register routes. A missing package is noted."""
+    for module in (".composed", ".onednn"):
+        importlib.import_module(module, __package__)
     UNAVAILABLE.clear()
     for kind in ("sycl", "triton"):
         if kind == "triton" and importlib.util.find_spec("triton") is None:
@@ -73,5 +74,5 @@ def import_routes() -> None:
             UNAVAILABLE[kind] = lack
             continue
         package = importlib.import_module(f".{kind}", __package__)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f".{kind}.{module.name}", __package__)
+        for found in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f".{kind}.{found.name}", __package__)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from . import onednn
 from .route import KINDS, ROUTES, UNAVAILABLE, Route
 
 #: Up to this many rows a product is bound by reading the weight, which the SYCL kernels do once for several of them.
@@ -34,12 +35,17 @@ def _few_rows(x: Any, *args: Any, **kwargs: Any) -> bool:
     return x.numel() <= SMALL_M * x.shape[-1]
 
 
+def _onednn_is_asked_for(x: Any, weight: Any, bias: Any, other: Any, layout: str, *args: Any, **kwargs: Any) -> bool:
+    return layout.startswith("int4_") and not _few_rows(x) and onednn.asked()
+
+
 def _one_token(query: Any, *args: Any, **kwargs: Any) -> bool:
     return query.shape[1] == 1
 
 
 TABLE = (
     Row("quant_linear", "sycl", f"at most {SMALL_M} rows", _few_rows),
+    Row("quant_linear", "torch", f"int4, more than {SMALL_M} rows, {onednn.ASKED_BY}=1", _onednn_is_asked_for),
     Row("quant_linear", "triton"),
     Row("quant_linear", "sycl"),
     Row("attention", "sycl", "one query token", _one_token),

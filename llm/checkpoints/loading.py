@@ -13,6 +13,7 @@ import transformers
 
 from ..cache import choose_kv_dtype
 from ..linear import CanonicalLinear
+from ..moving import chosen_device, move
 from ..optimize import optimize
 from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
 from ..quantized import stored_config
@@ -20,7 +21,6 @@ from ..static.config import STATIC_METHOD, StaticQuantConfig
 from . import gguf
 from .configuration import check_layers, check_model, explained, local_files, read_configuration, stored_quantization
 from .importing import IMPORT_METHOD
-from .native import check_device_map
 from .readers import find_reader
 
 #: Arguments of the hub, which configuration and weights are looked up with.
@@ -67,6 +67,7 @@ class AutoModelForCausalLM:
         load_in_low_bit: str | None = None,
         dtype: torch.dtype | str | None = None,
         *,
+        device: str | torch.device | None = None,
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: str | None = None,
         kv_dtype: str | torch.dtype | None = None,
@@ -87,6 +88,9 @@ class AutoModelForCausalLM:
             load_in_low_bit: a weight dtype ("nf4", "int8", "fp8_e4m3" ...), or sym_int4, asym_int4, sym_int8, q4_0, q8_0; bf16 and
                 fp16 mean that dtype, not quantized.
             dtype: of everything that is not quantized; None or "auto": as the checkpoint says.
+            device: what the model runs on, see `optimize`; a `device_map` that names one device says the same. Weights are read and packed
+                on the CPU and then moved one by one, so that the CPU's memory holds the packed model and one weight. Whether the
+                device is there is checked before anything is read.
             modules_to_not_convert: linears that stay floating point, see `WeightOnlyQuantConfig`.
             compute_dtype: arithmetic of the quantized products; None: "auto".
             kv_dtype, deployment_mode, strict: see `optimize`.
@@ -95,6 +99,7 @@ class AutoModelForCausalLM:
         Raises:
             ValueError: an argument is unusable; the checkpoint is quantized in a way that cannot be read, or damaged, or is to be
                 quantized again. Shapes, dtypes and names are checked before memory is taken.
+            RuntimeError: the device is absent.
             OptimizationError: see `optimize`.
         """
         _settle(kwargs)
@@ -104,12 +109,14 @@ class AutoModelForCausalLM:
         if wanted is not None and compute_dtype is not None:
             wanted = replace(wanted, compute_dtype=compute_dtype)
         path = os.fspath(path)
-        check_device_map(kwargs.get("device_map"))
+        target, device_map = chosen_device(device, kwargs.pop("device_map", None))
+        if device_map is not None:
+            kwargs["device_map"] = device_map
         if path.endswith(".gguf"):
             unknown = sorted(set(kwargs) - {"device_map", *_HUB})
             if unknown:
                 raise ValueError(f"{path} is a GGUF file, for which {', '.join(unknown)} has no meaning; leave it out")
-            options = {"kv_dtype": kv_dtype, "deployment_mode": deployment_mode}
+            options = {"kv_dtype": kv_dtype, "deployment_mode": deployment_mode, "device": target}
             return gguf.load(path, floats, wanted, compute_dtype or "auto", strict, **options)
         hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
         config, kwargs = read_configuration(path, hub, kwargs)
@@ -125,6 +132,7 @@ class AutoModelForCausalLM:
         model = _load(path, config, load_dtype, files if stored is None else [], {**hub, **kwargs})
         method = (stored or {}).get("quant_method")
         if getattr(model, "optimization_report", None) is not None:  # one of llmrt's formats that optimizes itself
+            move(model, target)
             choose_kv_dtype(model, kv_dtype)
             return model
         if method == QUANT_METHOD:
@@ -135,6 +143,7 @@ class AutoModelForCausalLM:
             model.eval().requires_grad_(False),
             dtype=model.dtype if floats == "auto" else floats,
             inplace=True,
+            device=target,
             quantization_config=wanted,
             deployment_mode=deployment_mode,
             strict=strict,

@@ -22,6 +22,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from ..experts import is_experts
 from ..linear import CanonicalLinear
 from ..model_card import write_card
+from ..moving import chosen_device, move
 from ..optimize import optimize
 from ..quantization import QUANT_METHOD, WeightOnlyQuantConfig
 from ..quantized import restore_floats
@@ -92,7 +93,8 @@ def check_device_map(device_map: Any) -> None:
     wrong = [str(d) for d in devices if d is not None and str(d) not in ("cpu", "auto")]
     if wrong:
         raise ValueError(
-            f"device_map has {', '.join(wrong)}; a quantized checkpoint loads on the CPU (device_map='cpu')"
+            f"device_map has {', '.join(wrong)}; transformers loads a quantized checkpoint on the CPU (device_map='cpu'): "
+            "llm.AutoModelForCausalLM.from_pretrained(path, device=...) moves it"
         )
 
 
@@ -188,16 +190,21 @@ def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
     model.save_pretrained(directory)
 
 
-def from_quantized(directory: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> Any:
+def from_quantized(
+    directory: str | os.PathLike[str], dtype: torch.dtype | str = "auto", device: str | torch.device | None = None
+) -> Any:
     """Load a model that `save_quantized` or `save_pretrained` wrote: optimized, outputs bit-equal to the saved one's.
 
     Args:
         directory: with config.json and safetensors.
         dtype: of what is not quantized; "auto": as saved.
+        device: what the model runs on, see `optimize`; None: the CPU.
 
     Raises:
         ValueError: the directory holds no llmrt checkpoint, or one whose tensors do not fit.
+        RuntimeError: the device is absent.
     """
+    target, _ = chosen_device(device, None)
     path = os.fspath(directory)
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"{path} has no config.json")
@@ -208,4 +215,6 @@ def from_quantized(directory: str | os.PathLike[str], dtype: torch.dtype | str =
     if method not in (QUANT_METHOD, STATIC_METHOD):
         raise ValueError(f"{path} is not an llmrt checkpoint (quant_method is {method!r}); load it and call optimize")
     with explained(path, config, []):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    move(model, target)
+    return model

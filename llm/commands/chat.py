@@ -24,6 +24,7 @@ def chat(
     compute_dtype: o.ComputeDTypeOption = o.ComputeDType.AUTO,
     dtype: o.DTypeOption = o.DType.AUTO,
     kv_dtype: o.KVDTypeOption = o.KVDType.AUTO,
+    device: o.DeviceOption = "cpu",
     threads: o.ThreadsOption = None,
     temperature: o.TemperatureOption = None,
     top_p: o.TopPOption = None,
@@ -41,7 +42,7 @@ def chat(
     config = o.quantization(weight_dtype, group_size, scheme, compute_dtype)
     o.set_threads(threads)
     choices = o.sampling(temperature, top_p, seed)
-    loaded = load(model, dtype.torch(), config, kv_dtype.name_or_none())
+    loaded = load(model, dtype.torch(), config, kv_dtype.name_or_none(), device=device)
     try:
         session = ChatSession(loaded.model, loaded.tokenizer, system, **choices)
     except ValueError as error:

@@ -22,6 +22,7 @@ def generate(
     compute_dtype: o.ComputeDTypeOption = o.ComputeDType.AUTO,
     dtype: o.DTypeOption = o.DType.AUTO,
     kv_dtype: o.KVDTypeOption = o.KVDType.AUTO,
+    device: o.DeviceOption = "cpu",
     threads: o.ThreadsOption = None,
     temperature: o.TemperatureOption = None,
     top_p: o.TopPOption = None,
@@ -40,7 +41,7 @@ def generate(
     config = o.quantization(weight_dtype, group_size, scheme, compute_dtype)
     o.set_threads(threads)
     choices = o.sampling(temperature, top_p, seed)
-    loaded = load(model, dtype.torch(), config, kv_dtype.name_or_none())
+    loaded = load(model, dtype.torch(), config, kv_dtype.name_or_none(), device=device)
     _run(loaded, prompt, max_new_tokens, beams, choices)
 
 
@@ -60,7 +61,7 @@ def _run(loaded: Loaded, prompt: str, max_new_tokens: int, beams: int, choices: 
 
     from ..timing import generate_timed
 
-    tokens = loaded.tokenizer(prompt, return_tensors="pt").input_ids
+    tokens = loaded.tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.model.device)
     if tokens.shape[1] == 0:
         o.fail("the prompt has no token in this model's vocabulary")
     new = loaded.room(tokens.shape[1], max_new_tokens)

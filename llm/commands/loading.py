@@ -99,6 +99,7 @@ def load(
     kv_dtype: str | None = None,
     compute_dtype: str | None = None,
     quantized_only: bool = False,
+    device: str = "cpu",
 ) -> Loaded:
     """Return the optimized model of a local directory, a GGUF file or a name on the hub.
 
@@ -109,14 +110,20 @@ def load(
         kv_dtype: what the cache stores keys and values as; None: the model's dtype.
         compute_dtype: of the products of weights that are stored quantized; None: "auto".
         quantized_only: exit if the weights are stored floating point.
+        device: what the model runs on; exit if it is absent.
     """
     directory = _local_directory(name)
     start = time.perf_counter()
     import transformers
 
+    from ... import devices
     from ..checkpoints import AutoModelForCausalLM
     from ..checkpoints.configuration import stored_quantization
 
+    try:
+        devices.check(device)
+    except (ValueError, RuntimeError) as error:
+        fail(f"--device: {error}")
     transformers.utils.logging.disable_progress_bar()
     source, local = directory or name, directory is not None
     options: dict[str, Any] = {"local_files_only": local}
@@ -138,6 +145,7 @@ def load(
             source,
             quantization_config=quantization,
             dtype=dtype,
+            device=device,
             compute_dtype=compute_dtype,
             kv_dtype=kv_dtype,
             **({} if is_file else options),

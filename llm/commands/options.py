@@ -104,6 +104,9 @@ ComputeDTypeOption = Annotated[
 KVDTypeOption = Annotated[
     KVDType, typer.Option("--kv-dtype", help="Of cached keys and values; int8 halves their bytes. auto: as --dtype.")
 ]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="What the model runs on: cpu, xpu (Intel GPUs) or cuda, also xpu:1.")
+]
 ShardSizeOption = Annotated[
     str, typer.Option("--max-shard-size", help="Largest weight file to write, such as 5GB or 500MB.")
 ]

@@ -33,6 +33,7 @@ def perplexity(
     compute_dtype: o.ComputeDTypeOption = o.ComputeDType.AUTO,
     dtype: o.DTypeOption = o.DType.AUTO,
     kv_dtype: o.KVDTypeOption = o.KVDType.AUTO,
+    device: o.DeviceOption = "cpu",
     threads: o.ThreadsOption = None,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -49,7 +50,7 @@ def perplexity(
     config = o.quantization(weight_dtype, group_size, scheme, compute_dtype)
     o.set_threads(threads)
     limit = 120 if windows is None and demo_held_out else windows
-    result, weights = _measure(model, files, length, limit, dtype, config, kv_dtype)
+    result, weights = _measure(model, files, length, limit, dtype, config, kv_dtype, device)
     if as_json:
         typer.echo(json.dumps({"model": model, "weights": weights, **asdict(result)}, indent=2))
         return
@@ -81,7 +82,14 @@ def _read(file: Path) -> str:
 
 
 def _measure(
-    model: str, files: list[Path], length: int, limit: int | None, dtype: o.DType, config: Any, kv_dtype: o.KVDType
+    model: str,
+    files: list[Path],
+    length: int,
+    limit: int | None,
+    dtype: o.DType,
+    config: Any,
+    kv_dtype: o.KVDType,
+    device: str,
 ) -> tuple[Perplexity, str]:
     """Return the perplexity, and a text that says what the weights are."""
     from rich.console import Console
@@ -90,7 +98,7 @@ def _measure(
     from ..perplexity import perplexity as run
     from ..perplexity import token_windows
 
-    loaded = load(model, dtype.torch(), config, kv_dtype.name_or_none())
+    loaded = load(model, dtype.torch(), config, kv_dtype.name_or_none(), device=device)
     if loaded.max_tokens is not None and length > loaded.max_tokens:
         o.fail(f"--window is {length}; this model takes at most {loaded.max_tokens} tokens")
     try:

@@ -84,7 +84,7 @@ def test_own_directories_with_other_settings(tmp_path: Path) -> None:
         ({"dtype": torch.int8}, "dtype is torch.int8; valid"),
         ({"dtype": "float99"}, "dtype is 'float99'; valid"),
         ({"optimize_model": False}, "optimize_model: valid: True"),
-        ({"device_map": "cuda"}, "device_map has cuda"),
+        ({"device_map": {"model": "cpu", "lm_head": "cuda"}}, "a model runs on one device"),
         ({"output_loading_info": True}, "output_loading_info: the model is returned alone"),
         ({"load_in_4bit": True, "compute_dtype": "int3"}, "compute_dtype is 'int3'; valid"),
     ],

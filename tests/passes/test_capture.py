@@ -27,7 +27,7 @@ def test_operators_stay_whole_and_sizes_symbolic() -> None:
         return {"y": y.unflatten(-1, (2, 4)).flatten(0, 1), "positions": positions}
 
     capture = Capture()
-    x = capture.tensor((capture.size("batch", 3, 2), capture.size("tokens", 5, 2), 8), torch.float32)
+    x = capture.tensor((capture.size("batch", 3, 2), capture.size("tokens", 5, 2), 8), torch.float32, "cpu")
     captured = capture.trace(function, [x, capture.size("length", 0)])
     assert captured.sizes == ("batch", "tokens", "length") and captured.guards() == []
     assert {"llmrt.rms_norm.default", "aten.linear.default"} <= set(targets(captured))
@@ -46,7 +46,7 @@ def test_operators_stay_whole_and_sizes_symbolic() -> None:
 
 def test_equal_sizes_are_not_taken_for_the_same() -> None:
     capture = Capture()
-    a, b = (capture.tensor((capture.size(name, 4, 2), 3), torch.float32) for name in "ab")
+    a, b = (capture.tensor((capture.size(name, 4, 2), 3), torch.float32, "cpu") for name in "ab")
     run = compile_graph(capture.trace(lambda a, b: torch.cat((a, b)).sum(1), [a, b]).module)
     assert run(torch.ones(2, 3), torch.ones(5, 3)).shape == (7,)
 
@@ -57,7 +57,7 @@ def test_decisions_become_guards() -> None:
 
     for length, others, condition in ((3, (0, 6), "<="), (20, (7, 100), ">")):
         capture = Capture()
-        x = capture.tensor((capture.size("tokens", 4, 2),), torch.float32)
+        x = capture.tensor((capture.size("tokens", 4, 2),), torch.float32, "cpu")
         captured = capture.trace(function, [x, capture.size("length", length)])
         fits = captured.condition(("unused", "length", "tokens"))
         assert len(captured.guards()) == 1
@@ -67,7 +67,7 @@ def test_decisions_become_guards() -> None:
 
 def test_a_size_that_was_read_as_a_number_is_guarded() -> None:
     capture = Capture()
-    x = capture.tensor((capture.size("tokens", 6, 2),), torch.float32)
+    x = capture.tensor((capture.size("tokens", 6, 2),), torch.float32, "cpu")
     captured = capture.trace(lambda x: x.view(2, int(x.shape[0]) // 2), [x])
     assert captured.condition()(6) and not captured.condition()(8)
 
@@ -75,7 +75,7 @@ def test_a_size_that_was_read_as_a_number_is_guarded() -> None:
 def test_what_looks_at_values_raises() -> None:
     capture = Capture()
     with pytest.raises(GuardOnDataDependentSymNode):
-        capture.trace(lambda x: x + 1 if x.sum() > 0 else x, [capture.tensor((3,), torch.float32)])
+        capture.trace(lambda x: x + 1 if x.sum() > 0 else x, [capture.tensor((3,), torch.float32, "cpu")])
 
 
 class Count(TorchDispatchMode):
@@ -92,7 +92,7 @@ def test_the_callers_modes_do_not_show() -> None:
     weight = nn.Parameter(torch.randn(4, 4))
     with Count() as count, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         capture = Capture()
-        x = capture.tensor((capture.size("rows", 3, 2), 4), torch.float32)
+        x = capture.tensor((capture.size("rows", 3, 2), 4), torch.float32, "cpu")
         captured = capture.trace(lambda x: nn.functional.linear(x, weight), [x])
     assert count.calls == 0 and targets(captured) == ["aten.linear.default"]
     assert captured.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[0].meta[
@@ -106,8 +106,8 @@ def test_writes_to_inputs_are_kept() -> None:
         return key + 1
 
     capture = Capture()
-    cache = capture.tensor((2, 1, capture.size("capacity", 9), 4), torch.float32)
-    inputs = [cache, capture.tensor((2, 1, 1, 4), torch.float32), capture.size("position", 3)]
+    cache = capture.tensor((2, 1, capture.size("capacity", 9), 4), torch.float32, "cpu")
+    inputs = [cache, capture.tensor((2, 1, 1, 4), torch.float32, "cpu"), capture.size("position", 3)]
     run = compile_graph(capture.trace(function, inputs).module)
     real, key = torch.zeros(2, 1, 6, 4), torch.randn(2, 1, 1, 4)
     run(real, key, 5)

@@ -1,5 +1,6 @@
 """A whole model under the SYCL kernels, and under Triton's, gives the tokens that the CPU's kernels give."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -29,8 +30,10 @@ def test_int4_model_gives_the_cpus_tokens(options: dict[str, int], tokens: int, 
         fast = llm.optimize(tiny_model("llama"), quantization_config=llm.WeightOnlyQuantConfig(weight_dtype="int4"))
         generate = {**padded_batch(2, 9), "max_new_tokens": tokens, "do_sample": False, **options}
         expected = fast.generate(**generate)
+        graphs = fast.forward.graphs
         with xpu.install("cpu", kind, strict=True) as kernels:
             actual = fast.generate(**generate)
+    assert graphs and fast.forward.graphs == graphs
     assert torch.equal(actual, expected) and expected.shape == (2, 9 + tokens)
     calls = {(name, kind): tokens * count for name, count in CALLS.items()}
     assert kernels.calls == calls | ({} if options else {("argmax", kind): tokens})
@@ -65,3 +68,21 @@ def test_static_int8_gives_the_cpus_tokens(kind: str, tmp_path: Path) -> None:
             actual = fast.generate(**generate)
     assert torch.equal(actual, expected)
     assert kernels.calls["static_linear", "triton" if kind == "triton" else "torch"] == 9 * 2
+
+
+@pytest.mark.parametrize("kind", [SYCL, "triton"])
+def test_a_model_is_captured_over_the_kernels(kind: str) -> None:
+    """As on a GPU, where nothing ran on the CPU's kernels before: modules and graph agree in the trial run, and the graph then runs."""
+    fast = llm.optimize(
+        tiny_model("llama"), quantization_config=llm.WeightOnlyQuantConfig(weight_dtype="int4"), strict=True
+    )
+    batch, other = padded_batch(2, 5), copy.deepcopy(fast)
+    with torch.no_grad():
+        expected = other.generate(**batch, max_new_tokens=3, do_sample=False)
+        with xpu.install("cpu", kind, strict=True) as kernels:
+            actual = fast.generate(**batch, max_new_tokens=3, do_sample=False)
+            calls = kernels.calls.copy()
+            again = fast.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert torch.equal(actual, expected) and torch.equal(again, expected)
+    assert len(fast.forward.graphs) == 2  # the prompt, a step
+    assert kernels.calls - calls == {(name, kind): 3 * count for name, count in (CALLS | {"argmax": 1}).items()}
