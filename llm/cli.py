@@ -23,7 +23,7 @@ app.add_typer(xpu)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
+        from ..version import __version__
 
         typer.echo(f"llmrt {__version__}")
         raise typer.Exit()

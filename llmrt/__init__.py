@@ -10,8 +10,7 @@ import torch as _torch  # noqa: F401  (its libraries must be loaded before the e
 
 from . import _C
 from . import ops as ops
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 if _C.cpu_isa() == "reference":
     _warnings.warn(

@@ -7,14 +7,14 @@ rewrites and after them. The counts of a layer are those of a model with one lay
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from llmrt.passes.retrace import retrace
-from llmrt.passes.rewrite import rewrite
+from llmrt.passes import REWRITES, llmrt_backend, retrace, rewrite
 
 from .support_table import ROOT, table
 
@@ -58,15 +58,37 @@ def calls(gm: torch.fx.GraphModule) -> Counter[str]:
     return Counter("view" if name in VIEWS else "work" for name in names)
 
 
-def counting(found: list[tuple[Counter[str], Counter[str]]], backend: Any = None) -> Any:
-    """Return a backend that notes the counts of each graph before and after the rewrites, and runs it as `backend` does or as it is."""
+Found = list[tuple[Counter[str], Counter[str]]]
+
+
+def noting(found: Found) -> Callable[..., Any]:
+    """Return the function that rewrites, which also notes a graph's counts before and after."""
+
+    def noted(graph: torch.fx.GraphModule, *args: Any) -> Any:
+        before = calls(graph)
+        report = rewrite(graph, *args)
+        found.append((before, calls(graph)))
+        return report
+
+    return noted
+
+
+def counting(found: Found) -> Callable[..., Any]:
+    """Return a backend that notes the counts of each graph and runs the graph as it is."""
 
     def spy(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        graph = retrace(gm, inputs)
-        before = calls(graph)
-        rewrite(graph, strict=True)
-        found.append((before, calls(graph)))
-        return gm.forward if backend is None else backend(gm, inputs)
+        noting(found)(retrace(gm, inputs), REWRITES, True)
+        return gm.forward
+
+    return spy
+
+
+def counting_rewritten(found: Found) -> Callable[..., Any]:
+    """Return the backend llmrt, strict, which also notes the counts of each graph."""
+
+    def spy(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        with patch.object(sys.modules[llmrt_backend.__module__], "rewrite", noting(found)):
+            return llmrt_backend(gm, inputs, options={"strict": True})
 
     return spy
 
@@ -86,7 +108,7 @@ def prompt_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def decode_calls(name: str, kind: str, layers: int) -> tuple[Counter[str], Counter[str]]:
     """Return the counts of a decode step's graph before and after the rewrites."""
-    found: list[tuple[Counter[str], Counter[str]]] = []
+    found: Found = []
     torch._dynamo.reset()
     batch = padded_batch(2, 10)
     model = small_model(name, layers, torch.bfloat16)

@@ -9,6 +9,7 @@ import io
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,10 @@ class Collector:
         self.families: defaultdict[str, set[str]] = defaultdict(set)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for item in session.items:
+        self.note(session.items)
+
+    def note(self, items: Iterable[pytest.Item]) -> None:
+        for item in items:
             if not any(item.get_closest_marker(name) for name in ("skip", "skipif", "xfail")):
                 for mark in item.iter_markers("exercises"):
                     self.families[item.callspec.params["name"]].add(mark.args[0])
@@ -40,12 +44,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def families() -> str:
+def collected() -> Collector:
     collector = Collector()
     with contextlib.redirect_stdout(io.StringIO()):
         status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/llm")], [collector])
     if status != pytest.ExitCode.OK:
         raise SystemExit(f"the tests cannot be collected: {status!r}")
+    return collector
+
+
+def families(collector: Collector) -> str:
     found = sorted(collector.families.items())
     assert {column for _, columns in found for column in columns} <= set(COLUMNS)
     return table(
@@ -72,13 +80,13 @@ def formats() -> str:
     )
 
 
-def text() -> str:
-    """Return what stands between the markers of the README."""
+def text(collector: Collector) -> str:
+    """Return what stands between the markers of the README, from the tests that were collected."""
     tiers = sorted(f"`{file.stem}`" for file in (ROOT / "csrc/tiers").glob("*.cpp"))
     macros = re.findall(r"defined\(EMULATE_(\w+)\)", (ROOT / "tests/ops/emulated_instructions.h").read_text())
     emulated = sorted(f"`{macro.lower()}`" for macro in macros)
     return (
-        f"Families, by the dtype of activations or the format of weights:\n\n{families()}\n"
+        f"Families, by the dtype of activations or the format of weights:\n\n{families(collector)}\n"
         f"Weight formats, with the group sizes that are tested (any size from 8 on works):\n\n{formats()}\n"
         f"Operators are tested in float32, bfloat16 and float16, on `reference` (plain torch) and on the ISA tiers of the machine, out of\n"
         f"{', '.join(tiers)}. The quantized linears of {' and '.join(emulated)} are also tested over\n"
@@ -88,7 +96,7 @@ def text() -> str:
 
 def main() -> None:
     """Print the text, or write it into the README."""
-    made = text()
+    made = text(collected())
     if sys.argv[1:] == ["--write"]:
         readme = ROOT / "README.md"
         before, rest = readme.read_text().split(BEGIN)

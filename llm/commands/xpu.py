@@ -69,7 +69,7 @@ def build(
         with console.status("compiling the launcher"):
             toolchain.launcher()
         with console.status(f"compiling {len(bundles)} bundles for {device}"):
-            for bundle, seconds in _room("sycl.programs").compile_ahead(device, bundles, keep=True):
+            for bundle, seconds in _room("sycl.programs").compile_ahead(device, bundles):
                 typer.echo(f"{seconds:6.1f} s  {bundle}")
     except RuntimeError as error:
         o.fail(str(error))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 
 def record():
@@ -57,15 +58,38 @@ def test_options(load, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("kind", "cache"), [("eager", "static"), ("llmrt-eager", "static"), ("llmrt-eager", "dynamic")]
-)
-def test_worker(kind, cache, folder):
-    options = ["--shape=tiny", "--layers=1", f"--cache={cache}", "--prompt=6", "--new=4", "--threads=1"]
-    command = [sys.executable, str(folder / "workers" / "compiled_model.py"), kind, *options]
+def options(kind, cache):
+    return [kind, "--shape=tiny", "--layers=1", f"--cache={cache}", "--prompt=6", "--new=4", "--threads=1"]
+
+
+def check(facts, graphs, results):
+    assert facts["graphs"] == graphs and facts["graph_breaks"] == 0
+    assert facts["first_call_s"] > 0 and facts["layers"] == 1
+    assert len(results) == 2 and all(r["first_token_s"] > 0 and r["decode_s"] > 0 for r in results)
+
+
+def test_worker(folder):
+    command = [sys.executable, str(folder / "workers" / "compiled_model.py"), *options("llmrt-eager", "static")]
     result = subprocess.run(command, input="{}\n{}\n", capture_output=True, text=True, check=True)
     ready, *runs = [json.loads(line) for line in result.stdout.splitlines()]
-    graphs = {"eager": 0, "llmrt-eager": {"static": 2, "dynamic": 3}[cache]}[kind]
-    assert ready["ready"]["graphs"] == graphs and ready["ready"]["graph_breaks"] == 0 and len(runs) == 2
-    assert ready["ready"]["first_call_s"] > 0 and ready["ready"]["layers"] == 1
-    assert all(r["result"]["first_token_s"] > 0 and r["result"]["decode_s"] > 0 for r in runs)
+    check(ready["ready"], 2, [run["result"] for run in runs])
+
+
+@pytest.fixture
+def counted_anew():
+    """Dynamo's counts begin at zero; it, and torch's threads, are left as they were found."""
+    threads = torch.get_num_threads()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("kind", "cache", "graphs"), [("eager", "static", 0), ("llmrt-eager", "dynamic", 3)])
+def test_what_a_worker_runs(kind, cache, graphs, load, counted_anew, monkeypatch):
+    load("workers/protocol.py")
+    worker = load("workers/compiled_model.py")
+    monkeypatch.setattr(sys, "argv", [worker.__file__, *options(kind, cache)])
+    facts, run = worker.load(worker.parse())
+    check(facts, graphs, [run(), run()])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import llmrt
 from llmrt.llm.cli import app
 from llmrt.llm.commands.options import WeightDType
 from llmrt.llm.commands.quantize import StoredDType
@@ -45,14 +46,36 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"Example: llmrt {command}" in good(command, "--help").stdout
 
 
-def test_help_imports_no_models() -> None:
-    """A quick --help: no model's code."""
-    code = "import sys; from llmrt.llm.cli import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "generate" in result.stdout
-    loaded = result.stdout.splitlines()[-1].split()
-    models = {name.split(".")[2] for name in loaded if name.startswith("transformers.models.")}
-    assert models <= {"auto"}
+def start(*arguments: str) -> tuple[int, str, set[str]]:
+    """Run the command as its script does; return its exit code, what it printed, and the modules that it imported."""
+    code = (
+        "import atexit, sys; atexit.register(lambda: print(*sys.modules)); import llmrt_command; llmrt_command.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    *printed, modules = result.stdout.splitlines()
+    return result.returncode, "\n".join(printed) + result.stderr, set(modules.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (("--help",), 0, "Continue PROMPT"),
+        (("--version",), 0, f"llmrt {llmrt.__version__}"),
+        (("quantize", "--help"), 0, "Example: llmrt quantize"),
+        (("xpu", "build", "--help"), 0, "Example: llmrt xpu build"),
+        (("generate", "x", "--beams", "0"), 2, "greater than or equal to 1"),
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_torch(arguments: tuple[str, ...], exit_code: int, message: str) -> None:
+    code, printed, modules = start(*arguments)
+    assert code == exit_code and message in " ".join(printed.replace("│", " ").split())
+    assert "llmrt.llm.commands.generate" in modules and not modules & {"torch", "transformers", "llmrt.ops"}
+
+
+def test_a_started_command_has_the_whole_package() -> None:
+    code, printed, modules = start("generate", "def parse_args(", "-n", "4", "--weight-dtype", "int4")
+    assert code == 0 and printed.startswith("def parse_args(") and "generated 4 tokens" in printed
+    assert {"llmrt.llm.optimize", "llmrt.llm.checkpoints", "llmrt._C"} <= modules
 
 
 def test_generate_prints_text_then_timings() -> None:

@@ -139,7 +139,8 @@ folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder)
 program = llm.export(model)
 torch.export.save(program, f"{folder}/program.pt2")
-torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/aoti.pt2")
+quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
+torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/aoti.pt2", inductor_configs=quick)
 torch.save(llm.CachedModel(model).caches(3, 16), f"{folder}/caches.pt")
 """
 RUN = """

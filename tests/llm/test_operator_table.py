@@ -12,8 +12,6 @@ from compiled_models import CACHES, FAMILIES, LAYERS, NO_FULLGRAPH, Decoding, sm
 from models import padded_batch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llmrt.passes import llmrt_backend
-
 ROOT = Path(__file__).parents[2]
 #: Families whose prompt over a static cache is compared too: one of each way to write attention and positions.
 STATIC_PROMPTS = ("llama", "gemma3", "gpt_neox", "bloom", "t5")
@@ -56,7 +54,7 @@ def test_a_bfloat16_step_is_as_exact_as_transformers_and_its_row_is_written(
     model = small_model(name, layers, torch.bfloat16)
     exact = copy.deepcopy(model).float()
     graphs: list[Any] = []
-    compiled = torch.compile(model, backend=operator_table.counting(graphs, llmrt_backend), fullgraph=full)
+    compiled = torch.compile(model, backend=operator_table.counting_rewritten(graphs), fullgraph=full)
     runs = {"exact": Decoding(exact, kind, exact, batch)}
     runs |= {"plain": Decoding(model, kind, model, batch), "compiled": Decoding(model, kind, model, batch)}
     prompt = operator_table.prompt_of(model, batch)

@@ -76,6 +76,10 @@ for name, run in loaded.items():
 """
 
 
+#: A package whose host code nobody runs twice: compiling it is most of the time.
+QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: Any) -> Path:
     """Return a folder with all operators in one program, in one AOTInductor package, and calls with their results."""
@@ -87,7 +91,7 @@ def files(tmp_path_factory: Any) -> Path:
         calls.append((inputs, Calls(cases)(expected_inputs), expected_inputs))
     torch.save(calls, folder / "calls.pt")
     torch.export.save(program, folder / "program.pt2")
-    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "aoti.pt2"))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "aoti.pt2"), inductor_configs=QUICK)
     return folder
 
 

@@ -1,8 +1,8 @@
 """The choice of the ISA tier at start, in processes of their own."""
 
-import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
@@ -21,36 +21,70 @@ print(_C.cpu_isa(), sum("references" in str(w.message) for w in caught))
 """
 
 
-def start(isa: str | None) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "LLMRT_CPU_ISA"}
-    if isa is not None:
-        environment["LLMRT_CPU_ISA"] = isa
-    return subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+#: argv: a folder, then values of the variable, "-" for none. A process for each, forked where torch is imported and llmrt is not.
+FORKS = f"""
+import os, sys, traceback
+import torch
+folder, *values = sys.argv[1:]
+for value in values:
+    if (child := os.fork()) == 0:
+        for stream, suffix in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{{folder}}/{{value}}.{{suffix}}", os.O_WRONLY | os.O_CREAT), stream)
+        os.environ.pop("LLMRT_CPU_ISA", None)
+        if value != "-":
+            os.environ["LLMRT_CPU_ISA"] = value
+        try:
+            exec({PROGRAM!r})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    print(value, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
-def test_every_supported_tier_can_be_forced() -> None:
+@dataclass(frozen=True)
+class Started:
+    """How a process with the variable LLMRT_CPU_ISA ended, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Started]:
+    """A process for every tier, for one that nobody knows, and ("-") for none."""
+    folder, values = tmp_path_factory.mktemp("tiers"), [*_C.compiled_cpu_isas().split(", "), "avx9", "-"]
+    command = [sys.executable, "-c", FORKS, str(folder), *values]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ended = dict(line.split() for line in printed.splitlines())
+    assert list(ended) == values
+    return {v: Started(int(ended[v]), *((folder / f"{v}.{s}").read_text() for s in ("out", "err"))) for v in values}
+
+
+def test_every_supported_tier_can_be_forced(started: dict[str, Started]) -> None:
     for name in _C.cpu_isas().split(", "):
-        done = start(name)
-        assert done.stdout.split() == [name, "1" if name == "reference" else "0"], done.stderr
+        assert started[name].status == 0, started[name].err
+        assert started[name].out.split() == [name, "1" if name == "reference" else "0"]
 
 
-def test_default_is_the_best_tier() -> None:
-    assert start(None).stdout.split()[0] == _C.cpu_isas().split(", ")[0]
+def test_default_is_the_best_tier(started: dict[str, Started]) -> None:
+    assert started["-"].status == 0 and started["-"].out.split()[0] == _C.cpu_isas().split(", ")[0]
 
 
-def test_unknown_tier_is_refused_with_the_valid_ones() -> None:
-    done = start("avx9")
-    assert done.returncode != 0
-    assert f"LLMRT_CPU_ISA=avx9; valid here: {_C.cpu_isas()}" in done.stderr
+def test_unknown_tier_is_refused_with_the_valid_ones(started: dict[str, Started]) -> None:
+    assert started["avx9"].status != 0
+    assert f"LLMRT_CPU_ISA=avx9; valid here: {_C.cpu_isas()}" in started["avx9"].err
 
 
-def test_tier_that_this_cpu_lacks_is_refused() -> None:
+def test_tier_that_this_cpu_lacks_is_refused(started: dict[str, Started]) -> None:
     compiled, here = _C.compiled_cpu_isas().split(", "), _C.cpu_isas()
     assert compiled == ["amx", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "reference"]
     for name in set(compiled) - set(here.split(", ")):
-        done = start(name)
-        assert done.returncode != 0
-        assert f"LLMRT_CPU_ISA={name}, which this CPU or system lacks; valid here: {here}" in done.stderr
+        assert started[name].status != 0
+        assert f"LLMRT_CPU_ISA={name}, which this CPU or system lacks; valid here: {here}" in started[name].err
         with pytest.raises(ValueError, match=f"cannot switch to ISA tier '{name}'; valid here: {here}"):
             _C.force_cpu_isa(name)
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 from comparing import compare_with_double
 
+from llmrt import _C
 from llmrt.ops import OPERATORS, Operator
+
+START = _C.cpu_isa()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [pytest.param(op, dtype, id=f"{name}-{str(dtype)[6:]}") for name, op in OPERATORS.items() for dtype in DTYPES]
@@ -18,6 +21,8 @@ def test_equals_reference_in_double(op: Operator, dtype: torch.dtype, isa: str) 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str, isa: str) -> None:
-    op = OPERATORS[name]
+    op, kernels_alone = OPERATORS[name], isa != START
     for sample in op.sample_inputs(torch.float32)[:6]:
-        torch.library.opcheck(op.overload, sample.clone().args, sample.clone().kwargs)
+        # What it writes and returns is the kernels' doing; what fakes, gradients and tracing do is the same on every tier.
+        checks = {"test_utils": "test_schema"} if kernels_alone else {}
+        torch.library.opcheck(op.overload, sample.clone().args, sample.clone().kwargs, **checks)

@@ -31,6 +31,10 @@ KINDS = {
     torch.int8: 4,
     torch.bool: 4,
 }
+#: How sources are compiled. SYCL keeps their intermediate code, and machine code under a key that is made of its SPIR-V. Names of values
+#: are dropped from what is compiled but not from what is read back, so that a process that starts from kept intermediate code would have
+#: other SPIR-V, and compile machine code again.
+OPTIONS = ("-O2", "-fno-math-errno", "-fno-discard-value-names")
 _KERNEL = re.compile(r"^KERNEL\(\w+\)\s*\w+ (\w+)\(", re.MULTILINE)
 _lock = threading.Lock()
 _building: dict[tuple[int, Bundle], threading.Lock] = {}
@@ -108,7 +112,7 @@ def build(queue: int, bundle: Bundle) -> int:
     """Compile a bundle for a queue's device (seconds the first time, later from the cache of SYCL) and return its handle."""
     headers = _headers()
     array = (ctypes.c_char_p * (2 * len(headers)))(*(text.encode() for pair in headers for text in pair))
-    options = "".join(f"{option}\n" for option in ("-O2", "-fno-math-errno"))
+    options = "".join(f"{option}\n" for option in OPTIONS)
     names = "".join(f"{name}\n" for name in bundle.kernels)
     handle = launcher().llmrt_build(queue, bundle.text.encode(), array, len(headers), options.encode(), names.encode())
     if not handle:

@@ -55,7 +55,7 @@ def spirv(bundles: Sequence[Bundle]) -> list[list[bytes]]:
         code = f"from {__name__} import _dump; _dump({[(b.sources, b.constants) for b in bundles]!r})"
         root = Path(__file__).resolve().parents[len(__name__.split(".")) - 2]
         path = os.pathsep.join((str(root), *filter(None, [os.environ.get("PYTHONPATH")])))
-        environment = {**os.environ, "SYCL_DUMP_IMAGES": "1", "SYCL_CACHE_PERSISTENT": "0", "PYTHONPATH": path}
+        environment = {**os.environ, "SYCL_DUMP_IMAGES": "1", "PYTHONPATH": path}
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"SYCL: compiling for the offline compiler failed:\n{done.stderr[-2000:]}")

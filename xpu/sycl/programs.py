@@ -10,7 +10,7 @@ import torch
 
 from ...ops.formats import FORMATS
 from . import attention, linear
-from .bundle import Bundle, build, prepare, queue_of
+from .bundle import Bundle, prepare, queue_of
 from .pointwise import pointwise
 
 #: Two at a time: a compilation takes a core, and the host part of a model's start takes others.
@@ -52,27 +52,21 @@ def programs(
     return (pointwise(element), *linears, *heads)
 
 
-def compile_ahead(
-    device: torch.device, bundles: Sequence[Bundle], keep: bool = False
-) -> Iterator[tuple[Bundle, float]]:
+def compile_ahead(device: torch.device, bundles: Sequence[Bundle]) -> Iterator[tuple[Bundle, float]]:
     """Compile bundles for a device, two at a time, into this process and SYCL's cache; yield each with its seconds.
 
     Args:
         device: to compile for.
         bundles: from `programs`.
-        keep: also leave in the cache what the next process looks for. SYCL keeps a source's intermediate code and the machine code that it
-            made of it, but under a key that a process which starts from the kept intermediate code does not have: so once more.
 
     Raises:
         RuntimeError: a bundle does not compile; with the compiler's messages.
     """
-    queue = queue_of(device)
+    queue_of(device)  # one launcher and one queue for both threads
 
     def one(bundle: Bundle) -> tuple[Bundle, float]:
         start = time.perf_counter()
         prepare(device, bundle)
-        if keep:
-            build(queue, bundle)
         return bundle, time.perf_counter() - start
 
     with ThreadPoolExecutor(WORKERS) as pool:
