@@ -155,8 +155,9 @@ struct Sweep {
   void expand(const Panel& panel, int64_t begin, int64_t end, uint8_t* to) const {
     const uint8_t* tile = panel.tile;
     if (end > panel.count * code_rows) end = panel.count * code_rows;
-    for (; begin<end; begin = begin> code_rows ? begin - code_rows : 0, end -= code_rows) {
-      if (begin < code_rows) method.expand(a.weight, tile, begin, end < code_rows ? end : code_rows, to);
+    for (int64_t row = 0; row < end; row += code_rows) {  // the tile's first
+      const int64_t from = begin > row ? begin - row : 0, most = end - row < code_rows ? end - row : code_rows;
+      if (from < most) method.expand(a.weight, tile, from, most, to);
       tile += a.weight.tile_bytes, to += tile_row_bytes * kTileN;
     }
   }

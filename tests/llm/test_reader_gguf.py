@@ -143,7 +143,9 @@ def test_logits_are_those_of_the_dequantized_model(tmp_path, arch, options):
     with CountOperators() as calls:
         logits = model(ids, use_cache=False).logits
     assert (calls["quant_linear"] > 0) == quantized
-    torch.testing.assert_close(logits, plain_model(model, state)(ids).logits, rtol=1e-4, atol=1e-4)
+    plain = plain_model(model, state)
+    rounded, exact = plain(ids).logits, plain.double()(ids).logits
+    assert (logits - exact).abs().max() < 8 * (rounded - exact).abs().max()  # weights of up to 16 make much of rounding
     if calls["quant_linear"]:
         model.save_pretrained(tmp_path / "saved")
         again = llm.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **options)
