@@ -1,11 +1,17 @@
 // Host side of the SYCL kernels: builds bundles from source text and launches kernels by name, over raw pointers. It
 // includes no header of torch, so that one build serves every torch; the queue is torch's own
 // (torch.xpu.Stream.sycl_queue) or one on SYCL's CPU device.
-#define SYCL_DISABLE_FSYCL_SYCLHPP_WARNING
+// (sycl/sycl.hpp, which has all of SYCL, would take a compiler twice as long.)
 #include <cstdint>
 #include <cstring>
 #include <string>
-#include <sycl/sycl.hpp>
+#include <sycl/device_selector.hpp>
+#include <sycl/ext/oneapi/experimental/raw_kernel_arg.hpp>
+#include <sycl/ext/oneapi/properties/properties.hpp>
+#include <sycl/handler.hpp>
+#include <sycl/kernel_bundle.hpp>
+#include <sycl/properties/queue_properties.hpp>
+#include <sycl/queue.hpp>
 #include <vector>
 
 namespace syclex = sycl::ext::oneapi::experimental;
