@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from .. import ops
 from ..passes.capture import Capture, Captured, quiet_modes
 from ..passes.executor import compile_graph
-from ..passes.rewrite import rewrite
+from ..passes.order import rewrite
 from .attention import padding_is_known
 from .cache import KVCache
 from .traced_cache import Kind, TracedCache, TracedRows

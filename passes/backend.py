@@ -12,9 +12,9 @@ import torch
 from .executor import compile_graph
 from .folding import FoldedGraph, lift_folds
 from .nodes import val
-from .order import REWRITES, chosen
+from .order import REWRITES, chosen, rewrite
 from .retrace import retrace
-from .rewrite import RewriteReport, rewrite
+from .rewrite import RewriteReport
 
 #: The modes that ``torch.compile`` documents. transformers' CompileConfig passes "reduce-overhead" to any backend.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from .canonical import canonicalize
 from .matching import Match, Miss, Pattern
 from .nodes import fake_mode_of, infer, is_written_between, same_shape, val
 
@@ -258,58 +255,3 @@ def _unlike(old: list[Node], new: list[Node]) -> str | None:
         if not same_shape(x, y):
             return f"the result would have shape {list(y.shape)} instead of {list(x.shape)}"
     return None
-
-
-class RewriteError(RuntimeError):
-    """A rewrite failed and strict was asked for."""
-
-
-def rewrite(
-    gm: GraphModule, rewrites: Iterable[Rewrite | GraphRewrite] | None = None, strict: bool = False
-) -> RewriteReport:
-    """Canonicalize a graph of ATen operators and apply the rewrites in their order, in place.
-
-    A rewrite that fails with an error is left out, with a warning that names it; the graph is then as if it did not exist.
-
-    Args:
-        gm: graph in ATen operators before dispatch (`retrace`, or torch.export's), every node with ``meta["val"]``.
-        rewrites: None: all of `order.REWRITES`.
-        strict: a rewrite that fails raises.
-
-    Raises:
-        RewriteError: a rewrite failed, and strict.
-    """
-    if rewrites is None:
-        from .order import REWRITES
-
-        rewrites = REWRITES
-    chosen = list(rewrites)
-    original = copy.deepcopy(gm.graph) if len(chosen) else None
-    canonicalize(gm)
-    report = RewriteReport(before=_calls(gm))
-    for one in chosen:
-        try:
-            before = report.fired[one.name]
-            one.apply(gm, report)
-            if report.fired[one.name] > before:
-                canonicalize(gm)
-        except Exception as error:
-            message = f"rewrite {one.name} failed: {type(error).__name__}: {error}"
-            if strict:
-                raise RewriteError(message) from error
-            warnings.warn(f"llmrt: {message}; it is left out", stacklevel=2)
-            assert original is not None
-            gm.graph = original
-            report = rewrite(gm, [other for other in chosen if other is not one], strict)
-            report.skipped[one.name] = f"{type(error).__name__}: {error}"
-            return report
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
-    report.after = _calls(gm)
-    report.settle()
-    return report
-
-
-def _calls(gm: GraphModule) -> int:
-    return sum(1 for node in gm.graph.nodes if node.op == "call_function")

@@ -8,9 +8,9 @@ from torch.nn.functional import linear, silu
 
 from llmrt.ops import OPERATORS
 from llmrt.ops.operator import Sample
+from llmrt.passes import rewrite
 from llmrt.passes.order import REWRITES
 from llmrt.passes.retrace import retrace
-from llmrt.passes.rewrite import rewrite
 
 XPU = torch.device("xpu:0")
 
