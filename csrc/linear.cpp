@@ -14,8 +14,8 @@ namespace {
 
 // A thread decodes each part of the weight once per chunk of rows. Their prepared activations pass by for every block
 // of 32 outputs, at 2 bytes per clock, from an L3; their sums, 128 bytes a row, stay in an L2. Smaller chunks, for an
-// L2 or an L1, were slower throughout. A single chunk is one for all threads, of several each thread has its own in the
-// L3.
+// L2 or an L1, were slower for all but int8 products of groups of 32 with many inputs. A single chunk is one for all
+// threads, of several each thread has its own in the L3.
 constexpr int64_t kChunkRows = 528, kChunkBytes = 4608 << 10;
 // Activations so small that each thread prepares them for itself, without a barrier.
 constexpr int64_t kAloneBytes = 32 << 10;

@@ -100,7 +100,7 @@ void expand_floats(const PackedWeight& w, const uint8_t* tile, int64_t row0, int
 // bf16 pairs: the halves of a dword hold inputs two apart.
 template <Coding c>
 void expand_pairs(const PackedWeight& w, const uint8_t* tile, int64_t row0, int64_t row1, uint8_t* panel) {
-  constexpr int bits = bits_of(c), pairs = 16 / bits, apart = 16 / bits;  // apart: codes of a dword
+  constexpr int bits = bits_of(c), pairs = 16 / bits;  // of a dword; the second code of a pair is so many further on
   const PairTable table(w.book);
   const Float8Pairs<c> float8;
   const CodeTable values(w.book, 0);
@@ -111,7 +111,7 @@ void expand_pairs(const PackedWeight& w, const uint8_t* tile, int64_t row0, int6
       uint8_t* to = panel + row / 2 * pairs * 128 + row % 2 * 64 + j;
       const auto integers = [&](auto i, I32 zero) __attribute__((always_inline)) {
         const F32 less = bits == 4 ? to_float(zero) : F32::zero();
-        const F32 first = value_at<c, i.value>(x, values, zero), second = value_at<c, i.value + apart>(x, values, zero);
+        const F32 first = value_at<c, i.value>(x, values, zero), second = value_at<c, i.value + pairs>(x, values, zero);
         return shift_right<16>(bits_of(first - less)) | (bits_of(second - less) & high);
       };
       if (w.asymmetric) {
